@@ -1,0 +1,197 @@
+"""SparsityProfile: which thresholds give which sparsity, layer by layer, for one model. Made by calibration.
+
+The file is JSON, ``"format": "intra-expert-sparsity/1"``, small enough to read and diff. For every MoE layer it holds a table from target sparsity
+(share of inactive neurons over all token-expert pairs, skipped pairs counted as inactive) to the neuron threshold tau and the pair threshold rho.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from .errors import UserError
+
+FORMAT = "intra-expert-sparsity/1"
+PROFILE_FILENAME = "intra_expert_sparsity.json"
+
+
+class ProfileError(UserError):
+    """A profile that cannot be used: the message names file, field and fix."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
+
+
+class ModelIdentity(_Strict):
+    """What must agree between the calibrated model and the served one. Sizes are the whole model's, not one rank's."""
+
+    name: str
+    architecture: str
+    num_layers: int = Field(gt=0, description="MoE layers")
+    num_experts: int = Field(gt=0)
+    top_k: int = Field(gt=0)
+    hidden_size: int = Field(gt=0)
+    intermediate_size: int = Field(gt=0)
+
+
+class Calibration(_Strict):
+    tokens: int = Field(gt=0)
+    text_sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    max_len: int = Field(gt=0)
+
+
+class Created(_Strict):
+    version: str
+    date: str
+
+
+class LayerThresholds(NamedTuple):
+    """tau (or the numerator of a per-neuron tau) and rho of one layer."""
+
+    threshold: float
+    pair_threshold: float
+
+
+class LayerTable(_Strict):
+    """Rows of (target sparsity, neuron threshold, pair threshold); all three columns non-decreasing."""
+
+    targets: tuple[float, ...] = Field(min_length=1)
+    thresholds: tuple[float, ...]
+    pair_thresholds: tuple[float, ...]
+
+    @field_validator("targets", "thresholds", "pair_thresholds")
+    @classmethod
+    def _ordered(cls, values: tuple[float, ...]) -> tuple[float, ...]:
+        if any(v < 0 for v in values):
+            raise ValueError("has a negative value")
+        if any(b < a for a, b in zip(values, values[1:], strict=False)):
+            raise ValueError("must not decrease")
+        return values
+
+    @model_validator(mode="after")
+    def _same_length(self) -> LayerTable:
+        if not len(self.targets) == len(self.thresholds) == len(self.pair_thresholds):
+            raise ValueError("targets, thresholds and pair_thresholds differ in length")
+        if self.targets[-1] > 1:
+            raise ValueError("targets must lie in 0..1")
+        if len(set(self.targets)) != len(self.targets):
+            raise ValueError("targets has a value twice")
+        return self
+
+    def at(self, target: float) -> LayerThresholds:
+        """Thresholds for a target, linear between rows, and between (0, 0, 0) and the first row. ValueError past the last."""
+        if not 0 <= target <= self.targets[-1]:
+            raise ValueError(
+                f"target_sparsity must lie in 0..{self.targets[-1]:g} (the profile's largest target), got {target:g}"
+            )
+        if target == 0:
+            return LayerThresholds(0.0, 0.0)
+        below = (0.0, 0.0, 0.0)
+        for row in zip(self.targets, self.thresholds, self.pair_thresholds, strict=True):
+            if target <= row[0]:
+                share = (target - below[0]) / (row[0] - below[0]) if row[0] > below[0] else 1.0
+                return LayerThresholds(below[1] + share * (row[1] - below[1]), below[2] + share * (row[2] - below[2]))
+            below = row
+        raise AssertionError("unreachable: target was checked against the last row")
+
+
+class SparsityProfile(_Strict):
+    format: str = FORMAT
+    model: ModelIdentity
+    score: str
+    router_weighted: bool
+    calibration: Calibration
+    layers: dict[str, LayerTable] = Field(min_length=1)
+    created: Created
+
+    @model_validator(mode="after")
+    def _layer_count(self) -> SparsityProfile:
+        if len(self.layers) != self.model.num_layers:
+            raise ValueError(f"layers has {len(self.layers)} entries, model.num_layers says {self.model.num_layers}")
+        return self
+
+    @property
+    def max_target(self) -> float:
+        return min(table.targets[-1] for table in self.layers.values())
+
+    def thresholds(self, layer: str, target_sparsity: float) -> LayerThresholds:
+        """tau and rho of ``layer`` (a module name, such as model.layers.0.mlp.experts) at a target sparsity in 0..max_target."""
+        table = self.layers.get(layer)
+        if table is None:
+            known = next(iter(self.layers))
+            raise ProfileError(
+                f"the sparsity profile has no layer {layer!r} (it has {known!r}, ...): calibrate this model again"
+            )
+        if not math.isfinite(target_sparsity):
+            raise ValueError(f"target_sparsity must lie in 0..{self.max_target:g}, got {target_sparsity}")
+        return table.at(target_sparsity)
+
+    def check_model(self, served: ModelIdentity, source: str | os.PathLike[str] = "sparsity profile") -> None:
+        """ProfileError unless the profile was made for a model of this architecture and these sizes (names may differ)."""
+        for field in ("architecture", "num_layers", "num_experts", "top_k", "hidden_size", "intermediate_size"):
+            mine, theirs = getattr(self.model, field), getattr(served, field)
+            if mine != theirs:
+                raise ProfileError(
+                    f"{source}: model.{field} is {mine!r} but the model being served has {theirs!r}: "
+                    f"this profile was made for {self.model.name!r}; run `cutedsl-kernels calibrate` on the served model"
+                )
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, model: ModelIdentity | None = None) -> SparsityProfile:
+        """Reads and checks a profile (against ``model`` if given). ProfileError, one line, for whatever is wrong."""
+        path = Path(path)
+        try:
+            raw = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "not UTF-8 text"
+            raise ProfileError(
+                f"{path}: cannot read sparsity profile: {reason}: make one with `cutedsl-kernels calibrate`"
+            ) from None
+        try:
+            data = json.loads(raw)
+        except json.JSONDecodeError as error:
+            raise ProfileError(
+                f"{path}: line {error.lineno}: not valid JSON ({error.msg}), file truncated or damaged: calibrate again"
+            ) from None
+        profile = cls.from_dict(data, source=path)
+        if model is not None:
+            profile.check_model(model, path)
+        return profile
+
+    @classmethod
+    def from_dict(cls, data: Any, source: str | os.PathLike[str] = "sparsity profile") -> SparsityProfile:
+        if not isinstance(data, dict):
+            raise ProfileError(f"{source}: must be a JSON object, got {type(data).__name__}: calibrate again")
+        found = data.get("format")
+        if found != FORMAT:
+            raise ProfileError(
+                f"{source}: format is {found!r}, this version reads {FORMAT!r}: calibrate again, or install the version that wrote it"
+            )
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(str(part) for part in first["loc"]) or "profile"
+            reason = first["msg"].removeprefix("Value error, ")
+            raise ProfileError(f"{source}: {field}: {reason}: correct the field or calibrate again") from None
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the file atomically. OSError if the place cannot be written."""
+        path = Path(path)
+        text = json.dumps(self.model_dump(), indent=1) + "\n"
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise

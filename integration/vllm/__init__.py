@@ -1,0 +1,1 @@
+"""The vLLM plugin: `--quantization intra_expert_sparse`."""
