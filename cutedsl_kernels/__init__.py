@@ -1,4 +1,7 @@
-"""Intra-expert activation sparsity for Mixture-of-Experts inference. Importing this needs no GPU and does not load the CuTe DSL."""
+"""Intra-expert activation sparsity for Mixture-of-Experts inference.
+
+Importing this needs no GPU, and loads neither the CuTe DSL nor vLLM.
+"""
 
 from .errors import UserError
 from .moe import sparse_moe

@@ -2,4 +2,4 @@
 
 
 class UserError(ValueError):
-    """Bad input from a user (a file, an option, a model). One line: what, where, what to do. The CLI exits with code 2."""
+    """Bad input from a user (a file, an option, a model). One line: what, where, what to do. Exit code 2 in the CLI."""

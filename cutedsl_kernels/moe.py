@@ -94,7 +94,8 @@ def _validate(
         )
     if out is not None and (out.shape != hidden_states.shape or out.dtype != hidden_states.dtype):
         raise ValueError(
-            f"out must be {tuple(hidden_states.shape)} {hidden_states.dtype} like hidden_states, got {tuple(out.shape)} {out.dtype}"
+            f"out must be {tuple(hidden_states.shape)} {hidden_states.dtype} like hidden_states, "
+            f"got {tuple(out.shape)} {out.dtype}"
         )
     for name, tensor in (
         ("weights", weights.w13),

@@ -12,7 +12,7 @@ from .shapes import MoEShape
 
 @dataclass(frozen=True)
 class Plan:
-    """``dense``: a dense grouped GEMM. ``cpu``: the CPU back end. ``fused`` and ``staged`` carry their kernel's config."""
+    """``dense``: a dense grouped GEMM. ``cpu``: the CPU back end. ``fused``, ``staged``: with their kernel's config."""
 
     kind: Literal["fused", "staged", "dense", "cpu"]
 

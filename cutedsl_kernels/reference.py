@@ -49,7 +49,7 @@ def up_transform(up: torch.Tensor, activation: str) -> torch.Tensor:
 
 
 def local_experts(topk_ids: torch.Tensor, expert_map: torch.Tensor | None, num_experts: int) -> torch.Tensor:
-    """Ids of ``topk_ids`` as rows of this rank's weights, -1 where the expert is remote or the id out of range. int64."""
+    """``topk_ids`` as rows of this rank's weights, int64; -1 where the expert is remote or the id out of range."""
     ids = topk_ids.long()
     if expert_map is not None:
         known = (ids >= 0) & (ids < expert_map.numel())
@@ -66,7 +66,8 @@ def expand_thresholds(
         return tau.expand(num_experts, intermediate_size)
     except RuntimeError:
         raise ValueError(
-            f"thresholds must be a number or broadcast to [E, I] = [{num_experts}, {intermediate_size}], got shape {tuple(tau.shape)}"
+            f"thresholds must be a number or broadcast to [E, I] = [{num_experts}, {intermediate_size}], "
+            f"got shape {tuple(tau.shape)}"
         ) from None
 
 

@@ -31,7 +31,7 @@ class MoEShape:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
 
     def shard(self, tensor_parallel: int = 1, expert_parallel: int = 1) -> MoEShape:
-        """The layer as one of ``tensor_parallel`` x ``expert_parallel`` ranks holds it. ValueError if it does not divide."""
+        """The layer as one of ``tensor_parallel`` x ``expert_parallel`` ranks holds it. ValueError: does not divide."""
         if self.intermediate_size % tensor_parallel:
             raise ValueError(
                 f"intermediate_size {self.intermediate_size} does not divide by tensor_parallel {tensor_parallel}"
@@ -55,22 +55,11 @@ class MoEShape:
         top_k = _first(text, "num_experts_per_tok", "num_experts_per_token", "top_k", "moe_top_k")
         hidden = _first(text, "hidden_size")
         inter = _first(text, "moe_intermediate_size", "expert_intermediate_size", "intermediate_size")
-        missing = [
-            name
-            for name, value in (
-                ("experts", experts),
-                ("experts per token", top_k),
-                ("hidden_size", hidden),
-                ("intermediate_size", inter),
-            )
-            if value is None
-        ]
-        if missing:
+        if experts is None or top_k is None or hidden is None or inter is None:
+            values = {"experts": experts, "experts per token": top_k, "hidden_size": hidden, "intermediate_size": inter}
+            missing = ", ".join(name for name, value in values.items() if value is None)
             kind = config.get("model_type") or config.get("architectures") or "unknown"
-            raise ValueError(
-                f"config of type {kind} is not a Mixture-of-Experts model: no value for {', '.join(missing)}"
-            )
-        assert experts is not None and top_k is not None and hidden is not None and inter is not None
+            raise ValueError(f"config of type {kind} is not a Mixture-of-Experts model: no value for {missing}")
         return cls(experts, top_k, hidden, inter)
 
 

@@ -1,7 +1,8 @@
 """SparsityProfile: which thresholds give which sparsity, layer by layer, for one model. Made by calibration.
 
-The file is JSON, ``"format": "intra-expert-sparsity/1"``, small enough to read and diff. For every MoE layer it holds a table from target sparsity
-(share of inactive neurons over all token-expert pairs, skipped pairs counted as inactive) to the neuron threshold tau and the pair threshold rho.
+The file is JSON, ``"format": "intra-expert-sparsity/1"``, small enough to read and diff. For every MoE layer it holds a
+table from target sparsity (share of inactive neurons over all token-expert pairs, skipped pairs counted as inactive) to
+the neuron threshold tau and the pair threshold rho.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import math
 import os
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,7 +73,7 @@ class LayerTable(_Strict):
     def _ordered(cls, values: tuple[float, ...]) -> tuple[float, ...]:
         if any(v < 0 for v in values):
             raise ValueError("has a negative value")
-        if any(b < a for a, b in zip(values, values[1:], strict=False)):
+        if any(b < a for a, b in pairwise(values)):
             raise ValueError("must not decrease")
         return values
 
@@ -86,7 +88,7 @@ class LayerTable(_Strict):
         return self
 
     def at(self, target: float) -> LayerThresholds:
-        """Thresholds for a target, linear between rows, and between (0, 0, 0) and the first row. ValueError past the last."""
+        """Thresholds for a target: linear between rows, from (0, 0, 0) to the first. ValueError past the last row."""
         if not 0 <= target <= self.targets[-1]:
             raise ValueError(
                 f"target_sparsity must lie in 0..{self.targets[-1]:g} (the profile's largest target), got {target:g}"
@@ -122,7 +124,7 @@ class SparsityProfile(_Strict):
         return min(table.targets[-1] for table in self.layers.values())
 
     def thresholds(self, layer: str, target_sparsity: float) -> LayerThresholds:
-        """tau and rho of ``layer`` (a module name, such as model.layers.0.mlp.experts) at a target sparsity in 0..max_target."""
+        """tau and rho of ``layer`` (a module name, model.layers.0.mlp.experts) at a sparsity in 0..max_target."""
         table = self.layers.get(layer)
         if table is None:
             known = next(iter(self.layers))
@@ -134,13 +136,14 @@ class SparsityProfile(_Strict):
         return table.at(target_sparsity)
 
     def check_model(self, served: ModelIdentity, source: str | os.PathLike[str] = "sparsity profile") -> None:
-        """ProfileError unless the profile was made for a model of this architecture and these sizes (names may differ)."""
+        """ProfileError unless the profile was made for this architecture and these sizes (names may differ)."""
         for field in ("architecture", "num_layers", "num_experts", "top_k", "hidden_size", "intermediate_size"):
             mine, theirs = getattr(self.model, field), getattr(served, field)
             if mine != theirs:
                 raise ProfileError(
                     f"{source}: model.{field} is {mine!r} but the model being served has {theirs!r}: "
-                    f"this profile was made for {self.model.name!r}; run `cutedsl-kernels calibrate` on the served model"
+                    f"this profile was made for {self.model.name!r}; "
+                    "run `cutedsl-kernels calibrate` on the served model"
                 )
 
     @classmethod
@@ -172,7 +175,8 @@ class SparsityProfile(_Strict):
         found = data.get("format")
         if found != FORMAT:
             raise ProfileError(
-                f"{source}: format is {found!r}, this version reads {FORMAT!r}: calibrate again, or install the version that wrote it"
+                f"{source}: format is {found!r}, this version reads {FORMAT!r}: "
+                "calibrate again, or install the version that wrote it"
             )
         try:
             return cls.model_validate(data)

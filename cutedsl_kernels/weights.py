@@ -39,7 +39,8 @@ class ExpertWeights:
             )
         if tuple(self.w2_rows.shape) != (experts, rows // 2, hidden):
             raise ValueError(
-                f"w2_rows must be [E, I, H] = {(experts, rows // 2, hidden)} to match w13 {_shape(self.w13)}, got {_shape(self.w2_rows)}"
+                f"w2_rows must be [E, I, H] = {(experts, rows // 2, hidden)} to match w13 {_shape(self.w13)}, "
+                f"got {_shape(self.w2_rows)}"
             )
         _check_same(self.w13, self.w2_rows, "w2_rows")
         for name, bias, shape in (
@@ -106,7 +107,8 @@ class ExpertWeights:
             if tuple(w2.shape) == (experts, rows // 2, hidden):
                 hint = "; it is already [E, I, H]: use ExpertWeights(w13, w2_rows)"
             raise ValueError(
-                f"w2 must be [E, H, I] = {(experts, hidden, rows // 2)} to match w13 {_shape(w13)}, got {_shape(w2)}{hint}"
+                f"w2 must be [E, H, I] = {(experts, hidden, rows // 2)} to match w13 {_shape(w13)}, "
+                f"got {_shape(w2)}{hint}"
             )
         _check_same(w13, w2, "w2")
         with torch.no_grad():
@@ -121,7 +123,7 @@ class ExpertWeights:
 
 
 def relay_rows(w2: torch.Tensor) -> torch.Tensor:
-    """[E, A, B] contiguous -> the same storage as [E, B, A], each expert transposed in place; one expert of extra memory."""
+    """[E, A, B] contiguous -> the same storage as [E, B, A], each expert transposed in place through one copy."""
     experts, a, b = w2.shape
     rows = w2.view(experts, b, a)
     for e in range(experts):
