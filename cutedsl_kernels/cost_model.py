@@ -1,0 +1,97 @@
+"""How long a plan should take: bytes that must move, over what the memory delivers, plus what a launch costs.
+
+Used where no tuned table covers a shape, and by the tuner to rank its search space. Masks and routing are taken as
+independent and uniform; skipped pairs (pair_skip, a share of all pairs) cost nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .configs import FusedConfig, Plan
+from .shapes import MoEShape
+
+BYTES_PER_WEIGHT = 2  # bf16
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What the model needs to know of a GPU. ``name``: as the driver gives it. ``copy_gbps``: a device-to-device copy,
+    bytes read plus bytes written, GB/s. ``dense_tflops``: bf16, reached by a grouped GEMM on MoE shapes."""
+
+    name: str = "NVIDIA H200"
+    num_sms: int = 132
+    copy_gbps: float = 4200.0
+    dense_tflops: float = 320.0
+    driver: str = ""
+
+
+@dataclass(frozen=True)
+class LayerBytes:
+    """Expected weight traffic of one layer, bytes, every row counted once however many tokens share it."""
+
+    gate: float
+    up_down: float
+    tokens: float
+
+    @property
+    def total(self) -> float:
+        return self.gate + self.up_down + self.tokens
+
+
+def layer_bytes(shape: MoEShape, num_tokens: int, sparsity: float, pair_skip: float = 0.0) -> LayerBytes:
+    """Bytes the sparse layer moves. sparsity: share of inactive neurons over all pairs, skipped pairs included."""
+    share = shape.top_k / shape.num_experts
+    row = shape.hidden_size * BYTES_PER_WEIGHT
+    neurons = shape.num_experts * shape.intermediate_size
+    gate = neurons * (1 - (1 - share * (1 - pair_skip)) ** num_tokens)
+    active = neurons * (1 - (1 - share * (1 - sparsity)) ** num_tokens)
+    return LayerBytes(gate * row, 2 * active * row, 2.0 * num_tokens * row)
+
+
+def dense_bytes(shape: MoEShape, num_tokens: int, pair_skip: float = 0.0) -> LayerBytes:
+    """The same for a dense layer without the skipped pairs: sparsity counts them, and nothing else."""
+    return layer_bytes(shape, num_tokens, pair_skip, pair_skip)
+
+
+def layer_flops(shape: MoEShape, num_tokens: int, inactive: float) -> float:
+    """Floating-point operations of the dense layer with a share ``inactive`` of its pairs skipped."""
+    return 6.0 * num_tokens * shape.top_k * (1 - inactive) * shape.hidden_size * shape.intermediate_size
+
+
+DENSE_FIXED_US = 12.0  # two products, activation, alignment: from the H200 figures at T = 1
+DENSE_COPY_SHARE = 0.97
+FUSED_FIXED_US = 5.0
+FUSED_COPY_SHARE = 0.80  # assumed until tables of the device exist
+IN_FLIGHT_BYTES = 45 * 1024  # per SM; less than this in flight does not cover the DRAM latency
+
+
+def estimate_us(
+    plan: Plan, shape: MoEShape, num_tokens: int, sparsity: float, gpu: Gpu, pair_skip: float = 0.0
+) -> float:
+    """Expected microseconds of one layer under ``plan``; float('inf') for a CPU plan."""
+    if plan.kind == "dense":
+        moved = dense_bytes(shape, num_tokens, pair_skip).total / (gpu.copy_gbps * 1e3 * DENSE_COPY_SHARE)
+        return DENSE_FIXED_US + max(moved, layer_flops(shape, num_tokens, pair_skip) / (gpu.dense_tflops * 1e6))
+    if isinstance(plan.config, FusedConfig):
+        return _fused_us(plan.config, shape, num_tokens, sparsity, gpu, pair_skip)
+    return float("inf")
+
+
+def _fused_us(
+    config: FusedConfig, shape: MoEShape, num_tokens: int, sparsity: float, gpu: Gpu, pair_skip: float
+) -> float:
+    share = shape.top_k * (1 - pair_skip) / shape.num_experts
+    experts = shape.num_experts * (1 - (1 - share) ** num_tokens)
+    items = experts * -(-shape.intermediate_size // config.tile_neurons)
+    waves = items / gpu.num_sms
+    balance = 1.0 if waves <= 0 else min(1.0, waves / -(-items // gpu.num_sms))  # share of SM time that has work
+    ring_rows = config.gate_stages * config.stage_rows + config.row_slots
+    in_flight = min(1.0, ring_rows * 2 * shape.hidden_size / IN_FLIGHT_BYTES)
+    moved = layer_bytes(shape, num_tokens, sparsity, pair_skip)
+    per_expert = num_tokens * share / (1 - (1 - share) ** num_tokens) if share else 0.0
+    blocks = max(1.0, per_expert / config.token_block)  # every further block of tokens reads the rows again from L2
+    seconds_us = (moved.gate + moved.up_down) * (1 + 0.5 * (blocks - 1)) + moved.tokens
+    per_item_us = 0.4  # routing scan, barriers, list: what a work item costs beside its bytes
+    transfer = seconds_us / (gpu.copy_gbps * 1e3 * FUSED_COPY_SHARE * balance * in_flight)
+    return FUSED_FIXED_US + transfer + per_item_us * max(1.0, waves)
