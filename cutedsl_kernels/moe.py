@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -35,10 +36,15 @@ def sparse_moe(
     Nothing is synchronised with the host on a CUDA device. TypeError / ValueError name the argument.
     """
     _validate(hidden_states, weights, topk_weights, topk_ids, pair_threshold, activation, expert_map, out)
+    back_end: Callable[..., torch.Tensor]
     if hidden_states.device.type == "cpu":
-        from .cpu import sparse_moe_cpu as back_end
+        from .cpu import sparse_moe_cpu
+
+        back_end = sparse_moe_cpu
     elif hidden_states.device.type == "cuda":
-        from .launch import sparse_moe_cuda as back_end
+        from .launch import sparse_moe_cuda
+
+        back_end = sparse_moe_cuda
     else:
         raise ValueError(f"hidden_states must be on a cpu or cuda device, got {hidden_states.device}")
     return back_end(

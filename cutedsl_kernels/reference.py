@@ -90,8 +90,9 @@ def sparse_moe_ref(
 
     hidden_states [T, H] float; topk_weights [T, k] float; topk_ids [T, k] int, global ids (-1 or out of range: no
     expert); thresholds: number or broadcastable to [E, I]; expert_map int [E_global], -1 for experts held elsewhere.
-    ``plan`` is accepted and ignored so that the signature equals sparse_moe's. Returns [T, H] in hidden_states' dtype
-    (written to ``out`` if given). A token with no local or no remaining pair gets zeros.
+    ``plan`` is accepted and ignored so that the signature equals sparse_moe's. Returns [T, H] in hidden_states' dtype,
+    or ``out`` [T, H] filled in its own dtype (fp32 gives the sum unrounded). A token with
+    no local or no remaining pair gets zeros.
     """
     del plan
     tau = expand_thresholds(thresholds, weights.num_experts, weights.intermediate_size, hidden_states.device)
@@ -118,8 +119,6 @@ def sparse_moe_ref(
         if weights.w2_bias is not None:
             y = y + weights.w2_bias[e].float()
         result.index_add_(0, token, y if apply_router_weight_on_input else y * r)
-    result = result.to(hidden_states.dtype)
     if out is None:
-        return result
-    out.copy_(result)
-    return out
+        return result.to(hidden_states.dtype)
+    return out.copy_(result)
