@@ -5,8 +5,9 @@ Imports neither torch nor cutlass.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 from .shapes import MoEShape
@@ -16,40 +17,48 @@ ROW_PAD = (
     16  # bytes between the end of a row in shared memory and the next: rows H*2 + 16 bytes apart are conflict-free
 )
 MAX_PAIRS = (256, 1024, 4096)  # capacities of the pair list a fused kernel is compiled with
-KERNEL_ACTIVATIONS = ("silu", "gelu", "gelu_tanh")  # what the Hopper kernels compute; others take the dense path
+KERNEL_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "swigluoai")  # what the kernels compute; others take the dense path
+REGISTERS_OF_SM = 65536
+WORKING_REGISTERS = 56  # of an up/down thread besides its sums
+
+
+TOKEN_BLOCK = 8  # tokens of one expert that the fused kernel handles at once
+LIST_QUEUE = 2  # compacted tiles between the fused kernel's gate warps and its up/down warps
 
 
 @dataclass(frozen=True)
 class FusedConfig:
     """How one launch of the fused kernel cuts a layer; the fields are compile-time constants of the kernel.
 
-    tile_neurons: gate rows of one work item. stage_rows x gate_stages: rows of the ring the gate reads through.
-    row_slots: rows of the ring for gathered up and down rows. gate_warps, updown_warps: warps of the two phases.
-    token_block: tokens of one expert handled at once. max_pairs: capacity for T*k.
+    tile_neurons: gate rows of one work item. gate_stages x stage_rows: rows of the ring that gate rows stream through.
+    row_stages x chunk_rows: rows of the ring for gathered up and down rows. gate_warps, updown_warps: warps of the two
+    phases. keep_sums: 1 keeps the down product in registers over all tiles of a token block (needs H/4/updown_warps
+    registers), 0 adds it to memory after every chunk. max_pairs: capacity for T*k.
     """
 
     tile_neurons: int = 32
-    stage_rows: int = 8
+    stage_rows: int = 16
     gate_stages: int = 2
-    row_slots: int = 16
+    chunk_rows: int = 8
+    row_stages: int = 2
     gate_warps: int = 4
     updown_warps: int = 8
-    token_block: int = 8
+    keep_sums: int = 1
     max_pairs: int = 256
 
     @property
     def num_threads(self) -> int:
-        """Threads of a CTA: gate and up/down warps, and one warp that issues the copies."""
-        return 32 * (self.gate_warps + self.updown_warps + 1)
+        """Threads of a CTA: gate and up/down warps, and the two warps that issue the copies."""
+        return 32 * (self.gate_warps + self.updown_warps + 2)
 
-    def smem_bytes(self, hidden_size: int) -> int:
-        """Shared memory of one CTA, bytes: the two rings, the token block, and the small buffers."""
-        row = 2 * hidden_size + ROW_PAD
-        rows = self.stage_rows * self.gate_stages + self.row_slots + self.token_block
-        per_pair = 4 + 4  # token and routing weight
-        per_tile = self.tile_neurons * (4 + 4 * self.token_block + 2 * self.token_block)  # list, a, h
-        reduction = 4 * self.updown_warps * self.token_block * 16
-        return rows * row + self.max_pairs * per_pair + per_tile + reduction + 1024
+    def smem_bytes(self, hidden_size: int, num_experts: int = 512) -> int:
+        """Shared memory of one CTA, bytes: the two rings and the small buffers."""
+        rows = self.stage_rows * self.gate_stages + self.chunk_rows * self.row_stages
+        rings = rows * (2 * hidden_size + ROW_PAD)
+        sums = 4 * TOKEN_BLOCK * (self.gate_warps * self.tile_neurons + self.updown_warps * 8)
+        queue = LIST_QUEUE * self.tile_neurons * (4 * TOKEN_BLOCK + 4)
+        tokens = 8 * TOKEN_BLOCK * (self.num_threads // 32)
+        return rings + sums + queue + tokens + 2 * self.max_pairs + 4 * (num_experts + 1) + 1024
 
 
 TileConfig = FusedConfig
@@ -121,23 +130,26 @@ def illegal_reason(plan: Plan, shape: MoEShape, num_tokens: int | None = None, a
 def _illegal_fused(config: FusedConfig, shape: MoEShape, num_tokens: int | None) -> str | None:
     choices = {
         "stage_rows": (8, 16),
+        "chunk_rows": (8,),
         "gate_warps": (4, 8),
-        "updown_warps": (8,),
-        "token_block": (8, 16),
+        "updown_warps": (4, 8, 16),
+        "keep_sums": (0, 1),
         "max_pairs": MAX_PAIRS,
     }
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
             return f"{name} is {getattr(config, name)}, must be one of {allowed}"
-    if not 8 <= config.tile_neurons <= 128 or config.tile_neurons % config.stage_rows:
-        return f"tile_neurons is {config.tile_neurons}, must be 8..128 and a multiple of stage_rows {config.stage_rows}"
-    if config.gate_stages < 1:
-        return f"gate_stages is {config.gate_stages}, must be at least 1"
-    if config.row_slots < 8 or config.row_slots % 8:
-        return f"row_slots is {config.row_slots}, must be a multiple of 8"
-    if config.num_threads > 1024:
-        return f"{config.num_threads} threads, a CTA has at most 1024"
-    smem = config.smem_bytes(shape.hidden_size)
+    multiple = max(config.stage_rows, 4 * config.gate_warps)
+    if not 8 <= config.tile_neurons <= 128 or config.tile_neurons % multiple:
+        return f"tile_neurons is {config.tile_neurons}, must be 8..128 and a multiple of {multiple}"
+    for name in ("gate_stages", "row_stages"):
+        if getattr(config, name) < 1:
+            return f"{name} is {getattr(config, name)}, must be at least 1"
+    registers = min(255, REGISTERS_OF_SM // config.num_threads // 8 * 8)
+    sums = shape.hidden_size // (4 * config.updown_warps)
+    if config.keep_sums and sums + WORKING_REGISTERS > registers:
+        return f"keep_sums needs {sums} of a thread's {registers} registers, and {WORKING_REGISTERS} are used besides"
+    smem = config.smem_bytes(shape.hidden_size, shape.num_experts)
     if smem > SMEM_LIMIT:
         return f"{smem} bytes of shared memory, a CTA has at most {SMEM_LIMIT}"
     if num_tokens is not None and num_tokens * shape.top_k > config.max_pairs:
@@ -145,31 +157,35 @@ def _illegal_fused(config: FusedConfig, shape: MoEShape, num_tokens: int | None)
     return None
 
 
-def legal_plans(shape: MoEShape, num_tokens: int) -> Iterator[Plan]:
+def pair_capacity(shape: MoEShape, num_tokens: int) -> int | None:
+    """The smallest max_pairs that holds ``num_tokens`` tokens, None where none does."""
+    return next((pairs for pairs in MAX_PAIRS if num_tokens * shape.top_k <= pairs), None)
+
+
+def legal_plans(shape: MoEShape, num_tokens: int, activation: str = "silu") -> Iterator[Plan]:
     """Every plan of the search space that can run ``num_tokens`` tokens on a GPU; ``dense`` first.
 
-    The space: tile size, token block, gate warps and stage rows freely; for the rings, every split of the shared
-    memory that is left which leaves less than one stage unused.
+    The space: tile size, warps and sums freely; for each size of the row ring, the gate ring takes the memory left.
     """
     yield Plan("dense")
-    capacity = next((pairs for pairs in MAX_PAIRS if num_tokens * shape.top_k <= pairs), None)
+    capacity = pair_capacity(shape, num_tokens)
     if capacity is None:
         return
-    for tile in (8, 16, 32, 64, 128):
-        for stage_rows in (8, 16):
-            for token_block in (8, 16):
-                for gate_warps in (4, 8):
-                    for row_slots in (8, 16, 24, 32):
-                        config = _fill_gate_ring(
-                            FusedConfig(tile, stage_rows, 1, row_slots, gate_warps, 8, token_block, capacity), shape
-                        )
-                        plan = Plan("fused", config)
-                        if illegal_reason(plan, shape, num_tokens) is None:
-                            yield plan
-
-
-def _fill_gate_ring(config: FusedConfig, shape: MoEShape) -> FusedConfig:
-    free = SMEM_LIMIT - config.smem_bytes(shape.hidden_size)
-    more = max(0, free) // (config.stage_rows * (2 * shape.hidden_size + ROW_PAD))
-    values = asdict(config) | {"gate_stages": min(8, 1 + more)}
-    return FusedConfig(**values)
+    for tile, stage_rows, gate_warps, updown_warps, row_stages, keep_sums in itertools.product(
+        (16, 32, 64, 128), (16, 8), (4, 8), (8, 16, 4), (2, 3, 4, 1), (1, 0)
+    ):
+        config = FusedConfig(
+            tile_neurons=tile,
+            stage_rows=stage_rows,
+            gate_stages=1,
+            row_stages=row_stages,
+            gate_warps=gate_warps,
+            updown_warps=updown_warps,
+            keep_sums=keep_sums,
+            max_pairs=capacity,
+        )
+        free = SMEM_LIMIT - config.smem_bytes(shape.hidden_size, shape.num_experts)
+        more = max(0, free) // (stage_rows * (2 * shape.hidden_size + ROW_PAD))
+        plan = Plan("fused", replace(config, gate_stages=min(8, 1 + more)))
+        if illegal_reason(plan, shape, num_tokens, activation) is None:
+            yield plan

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .configs import FusedConfig, Plan
+from .configs import TOKEN_BLOCK, FusedConfig, Plan
 from .shapes import MoEShape
 
 BYTES_PER_WEIGHT = 2  # bf16
@@ -85,12 +85,14 @@ def _fused_us(
     experts = shape.num_experts * (1 - (1 - share) ** num_tokens)
     items = experts * -(-shape.intermediate_size // config.tile_neurons)
     waves = items / gpu.num_sms
-    balance = 1.0 if waves <= 0 else min(1.0, waves / -(-items // gpu.num_sms))  # share of SM time that has work
-    ring_rows = config.gate_stages * config.stage_rows + config.row_slots
-    in_flight = min(1.0, ring_rows * 2 * shape.hidden_size / IN_FLIGHT_BYTES)
+    # One token's experts are distinct, so the items are known; else their number varies, and half a wave is lost.
+    busy = -(-items // gpu.num_sms) if num_tokens == 1 else max(1.0, waves + 0.5)
+    balance = min(1.0, waves / busy) if waves > 0 else 1.0
+    rows = config.stage_rows * (config.gate_stages - 0.5) + config.chunk_rows * (config.row_stages - 0.5)
+    in_flight = min(1.0, rows * 2 * shape.hidden_size / IN_FLIGHT_BYTES)
     moved = layer_bytes(shape, num_tokens, sparsity, pair_skip)
     per_expert = num_tokens * share / (1 - (1 - share) ** num_tokens) if share else 0.0
-    blocks = max(1.0, per_expert / config.token_block)  # every further block of tokens reads the rows again from L2
+    blocks = max(1.0, per_expert / TOKEN_BLOCK)  # every further block of tokens reads the rows again from L2
     seconds_us = (moved.gate + moved.up_down) * (1 + 0.5 * (blocks - 1)) + moved.tokens
     per_item_us = 0.4  # routing scan, barriers, list: what a work item costs beside its bytes
     transfer = seconds_us / (gpu.copy_gbps * 1e3 * FUSED_COPY_SHARE * balance * in_flight)

@@ -63,5 +63,4 @@ def _modelled(shape: MoEShape, num_tokens: int, sparsity: float, gpu: Gpu, pair_
         us = estimate_us(plan, shape, num_tokens, sparsity, gpu, pair_skip)
         return us if plan.kind == "dense" else us * DENSE_MARGIN
 
-    plans = [p for p in legal_plans(shape, num_tokens) if illegal_reason(p, shape, num_tokens, activation) is None]
-    return min(plans, key=cost)
+    return min(legal_plans(shape, num_tokens, activation), key=cost)
