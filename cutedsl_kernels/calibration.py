@@ -1,0 +1,245 @@
+"""Calibration: histograms of activation scores and routing weights, and the thresholds that follow from them.
+
+A layer is observed as a stream of pairs (token, expert) with routing weight r and gate activations |a_i|.
+LayerHistogram keeps, in bounded memory and mergeable over batches and ranks,
+
+    pairs   [2048]      pairs by r
+    gate    [128, 1024] neurons by (r, |a|)
+    routed  [128, 1024] neurons by (r, |a| * r)
+
+all in log-spaced bins. The second axis of the joint histograms is what makes pair skipping exact: neurons of pairs
+below rho count as inactive, so tau is a quantile over the neurons of the *remaining* pairs only. Under tensor
+parallelism every rank sees all pairs and its own neurons, under expert parallelism its own pairs: adding the ranks'
+histograms gives right shares in both cases.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from .errors import UserError
+from .reference import gate_activation, local_experts
+from .sparsity import LayerTable, LayerThresholds
+from .weights import ExpertWeights
+
+ROUTING_BINS = 128
+PAIR_BINS = 2048  # a multiple of ROUTING_BINS: every coarse bin of r is a run of fine ones
+SCORE_BINS = 1024
+ROUTING_RANGE = (2.0**-24, 2.0**4)
+SCORE_RANGE = (2.0**-36, 2.0**14)
+SCORES = ("gate", "gate-routed")
+DEFAULT_TARGETS = (*(round(0.05 * i, 2) for i in range(1, 20)), 0.97, 0.98, 0.99)
+_CHUNK_ELEMENTS = 1 << 22
+
+
+def expert_activations(
+    hidden_states: torch.Tensor,
+    weights: ExpertWeights,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    *,
+    activation: str = "silu",
+    expert_map: torch.Tensor | None = None,
+    apply_router_weight_on_input: bool = False,
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """For every local expert with tokens: (local expert, |act(gate)| fp32 [m, I], routing weights fp32 [m])."""
+    inter = weights.intermediate_size
+    ids = local_experts(topk_ids, expert_map, weights.num_experts)
+    routing = topk_weights.float()
+    for e in torch.unique(ids[ids >= 0]).tolist():
+        token, slot = torch.nonzero(ids == e, as_tuple=True)
+        gate_rows = weights.w13[e, :inter].float()
+        step = max(1, _CHUNK_ELEMENTS // max(inter, weights.hidden_size))
+        for at in range(0, token.numel(), step):
+            r = routing[token[at : at + step], slot[at : at + step]]
+            x = hidden_states[token[at : at + step]]
+            if apply_router_weight_on_input:
+                x = (x.float() * r.unsqueeze(1)).to(x.dtype)
+            gate = x.float() @ gate_rows.t()
+            if weights.w13_bias is not None:
+                gate = gate + weights.w13_bias[e, :inter].float()
+            yield e, gate_activation(gate, activation).abs(), r
+
+
+def _bins(values: torch.Tensor, count: int, limits: tuple[float, float]) -> torch.Tensor:
+    """Log-spaced bin of each value, int64; bin 0 also takes what lies below, the last one what lies above."""
+    low, high = math.log2(limits[0]), math.log2(limits[1])
+    position = (torch.log2(values.clamp(min=limits[0])) - low) * (count / (high - low))
+    return position.nan_to_num(nan=count - 1).clamp(0, count - 1).long()
+
+
+def _edges(count: int, limits: tuple[float, float]) -> np.ndarray:
+    """fp64 [count + 1]; the first bin is taken to start at zero."""
+    edges = np.exp2(np.linspace(math.log2(limits[0]), math.log2(limits[1]), count + 1))
+    edges[0] = 0.0
+    return edges
+
+
+class LayerHistogram:
+    """Counts of one layer; see the module's docstring. int64 on one device. Add with ``observe`` and ``merge``."""
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.pairs = torch.zeros(PAIR_BINS, dtype=torch.int64, device=device)
+        self.gate = torch.zeros(ROUTING_BINS, SCORE_BINS, dtype=torch.int64, device=device)
+        self.routed = torch.zeros(ROUTING_BINS, SCORE_BINS, dtype=torch.int64, device=device)
+
+    def observe(self, magnitude: torch.Tensor, routing: torch.Tensor) -> None:
+        """magnitude: |act(gate)| [m, I]; routing: r [m]; both fp32."""
+        self.pairs += torch.bincount(_bins(routing, PAIR_BINS, ROUTING_RANGE), minlength=PAIR_BINS)
+        row = _bins(routing, ROUTING_BINS, ROUTING_RANGE).unsqueeze(1) * SCORE_BINS
+        for joint, score in ((self.gate, magnitude), (self.routed, magnitude * routing.unsqueeze(1))):
+            flat = (row + _bins(score, SCORE_BINS, SCORE_RANGE)).flatten()
+            joint += torch.bincount(flat, minlength=joint.numel()).view_as(joint)
+
+    def merge(self, other: LayerHistogram) -> None:
+        self.pairs += other.pairs.to(self.pairs.device)
+        self.gate += other.gate.to(self.gate.device)
+        self.routed += other.routed.to(self.routed.device)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        return {name: getattr(self, name).cpu().numpy() for name in ("pairs", "gate", "routed")}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> LayerHistogram:
+        histogram = cls()
+        for name in ("pairs", "gate", "routed"):
+            setattr(histogram, name, torch.from_numpy(np.array(arrays[name])))
+        return histogram
+
+    def pair_threshold(self, share: float) -> float:
+        """rho: the routing weight below which ``share`` of all pairs lie. 0 for share = 0."""
+        _check_share("share of skipped pairs", share)
+        if share == 0:
+            return 0.0
+        return _quantile(self.pairs.cpu().numpy().astype(np.float64), _edges(PAIR_BINS, ROUTING_RANGE), share)
+
+    def thresholds(self, target: float, *, score: str = "gate-routed", skip_pairs: float = 0.0) -> LayerThresholds:
+        """tau and rho for a target share of inactive neurons, neurons of skipped pairs counted as inactive.
+
+        ``skip_pairs``: share of the pairs to skip; at a smaller target the target itself is taken instead, and tau is
+        0. Raises ValueError for a share outside 0..1 or an unknown score, UserError if nothing was observed.
+        """
+        _check_share("target sparsity", target)
+        if score not in SCORES:
+            raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score!r}")
+        if not int(self.pairs.sum()):
+            raise UserError("no token was routed to this layer's experts during calibration: use more text")
+        if target == 0:
+            return LayerThresholds(0.0, 0.0)
+        rho = self.pair_threshold(min(skip_pairs, target))
+        joint = (self.gate if score == "gate" else self.routed).cpu().numpy().astype(np.float64)
+        remaining = self._remaining(rho)[:, None] * joint
+        total, left = joint.sum(), remaining.sum()
+        inactive_wanted = target * total - (total - left)
+        if inactive_wanted <= 0 or left <= 0:
+            return LayerThresholds(0.0, rho)
+        return LayerThresholds(
+            _quantile(remaining.sum(0), _edges(SCORE_BINS, SCORE_RANGE), min(1.0, inactive_wanted / left)), rho
+        )
+
+    def _remaining(self, rho: float) -> np.ndarray:
+        """Share of each coarse bin's pairs with r >= rho, fp64 [ROUTING_BINS]."""
+        fine = self.pairs.cpu().numpy().astype(np.float64)
+        edges = _edges(PAIR_BINS, ROUTING_RANGE)
+        kept = np.clip((edges[1:] - rho) / (edges[1:] - edges[:-1]), 0.0, 1.0) * fine
+        coarse = fine.reshape(ROUTING_BINS, -1).sum(1)
+        return np.divide(kept.reshape(ROUTING_BINS, -1).sum(1), coarse, out=np.ones(ROUTING_BINS), where=coarse > 0)
+
+    def table(
+        self, targets: Sequence[float] = DEFAULT_TARGETS, *, score: str = "gate-routed", skip_pairs: float = 0.0
+    ) -> LayerTable:
+        """The profile's table of this layer. Columns are made non-decreasing (they are, but for rounding)."""
+        rows = [self.thresholds(target, score=score, skip_pairs=skip_pairs) for target in targets]
+        return LayerTable(
+            targets=tuple(targets),
+            thresholds=tuple(float(v) for v in np.maximum.accumulate([row.threshold for row in rows])),
+            pair_thresholds=tuple(float(v) for v in np.maximum.accumulate([row.pair_threshold for row in rows])),
+        )
+
+
+def _check_share(name: str, value: float) -> None:
+    if not (isinstance(value, int | float) and 0 <= value <= 1):
+        raise ValueError(f"{name} must lie in 0..1, got {value!r}")
+
+
+def _quantile(counts: np.ndarray, edges: np.ndarray, share: float) -> float:
+    """The value below which ``share`` of the counts lie; linear inside a bin."""
+    cumulative = np.cumsum(counts)
+    wanted = share * cumulative[-1]
+    index = min(int(np.searchsorted(cumulative, wanted)), len(counts) - 1)
+    before = cumulative[index - 1] if index else 0.0
+    inside = (wanted - before) / counts[index] if counts[index] else 1.0
+    return float(edges[index] + min(max(inside, 0.0), 1.0) * (edges[index + 1] - edges[index]))
+
+
+@dataclass
+class LayerHistograms:
+    """Histograms of a model's MoE layers by layer name, and the number of tokens they were made from."""
+
+    layers: dict[str, LayerHistogram] = field(default_factory=dict)
+    tokens: int = 0
+
+    def merge_arrays(self, arrays: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+        """Adds what one rank saw, as given by LayerHistogram.arrays per layer."""
+        for name, part in arrays.items():
+            histogram = LayerHistogram.from_arrays(part)
+            if name in self.layers:
+                self.layers[name].merge(histogram)
+            else:
+                self.layers[name] = histogram
+
+
+@dataclass
+class LayerCounters:
+    """What a layer really did: exact integer counts over all ranks.
+
+    pairs: (token, expert) pairs; skipped_pairs: of those, below the pair threshold; neurons: pairs times neurons per
+    expert; active_neurons: of those, the ones computed.
+    """
+
+    pairs: int = 0
+    skipped_pairs: int = 0
+    neurons: int = 0
+    active_neurons: int = 0
+
+    @property
+    def sparsity(self) -> float:
+        """Share of inactive neurons over all pairs, skipped pairs counted as inactive; 0 if nothing was counted."""
+        return 1.0 - self.active_neurons / self.neurons if self.neurons else 0.0
+
+    @property
+    def skipped_share(self) -> float:
+        return self.skipped_pairs / self.pairs if self.pairs else 0.0
+
+    def add(self, other: Mapping[str, Any]) -> None:
+        self.pairs += other["pairs"]
+        self.skipped_pairs += other["skipped_pairs"]
+        self.neurons += other["neurons"]
+        self.active_neurons += other["active_neurons"]
+
+
+def count_active(
+    magnitude: torch.Tensor,
+    routing: torch.Tensor,
+    tau: torch.Tensor,
+    *,
+    router_weighted: bool,
+    pair_threshold: float,
+) -> torch.Tensor:
+    """Counts of one expert's pairs by the rule of reference.py: int64 [4] = pairs, skipped, neurons, active.
+
+    magnitude [m, I], routing [m] as from expert_activations; tau broadcasts to [m, I].
+    """
+    keep = ~(routing < pair_threshold)
+    score = magnitude * routing.unsqueeze(1) if router_weighted else magnitude
+    active = ~(score < tau) & keep.unsqueeze(1)
+    pairs = torch.tensor([magnitude.shape[0]], device=magnitude.device)
+    return torch.cat(
+        [pairs, (~keep).sum().view(1), pairs * magnitude.shape[1], active.sum().view(1)],
+    )

@@ -1,0 +1,140 @@
+"""IntraExpertSparseMethod: vLLM's hooks for one routed-expert layer, around one opaque custom op."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ...moe import sparse_moe
+from ...weights import ExpertWeights
+from . import compat
+from .state import LayerState
+
+if TYPE_CHECKING:
+    from .config import IntraExpertSparseConfig
+
+STATE = "_intra_expert_sparsity"  # attribute of a RoutedExperts module that holds its LayerState
+
+
+def why_unsupported(layer: torch.nn.Module) -> str | None:
+    """The reason why a routed-expert layer cannot use this method, or None."""
+    moe = layer.moe_config
+    if compat.activation_of(layer) is None:
+        return f"activation {compat.activation_name(layer)} is not supported"
+    if getattr(layer, "swiglu_limit", None) is not None and compat.activation_name(layer) == "silu":
+        return "SwiGLU with a clamp is not supported"
+    if moe.in_dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"activations of type {moe.in_dtype} are not supported"
+    if getattr(moe.moe_parallel_config, "use_all2all_kernels", False) and moe.moe_parallel_config.dp_size > 1:
+        backend = getattr(moe.moe_parallel_config, "all2all_backend", "")
+        if backend not in ("allgather_reducescatter", "naive", ""):
+            return f"the all-to-all back end {backend} is not supported (allgather_reducescatter is)"
+    return None
+
+
+class IntraExpertSparseMethod(compat.method_base_class()):  # type: ignore[misc]
+    """One per layer. Weights are vLLM's own; w2 is re-laid in place once they are loaded."""
+
+    def __init__(self, moe: Any, config: IntraExpertSparseConfig, prefix: str) -> None:
+        super().__init__(moe)
+        self.config = config
+        self.prefix = prefix
+
+    @property
+    def supports_eplb(self) -> bool:
+        return False  # vLLM moves experts between ranks as [E, H, I] blocks; ours are re-laid
+
+    def create_weights(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+        compat.stock_method_class().create_weights(self, layer, *args, **kwargs)
+
+    def get_fused_moe_quant_config(self, layer: torch.nn.Module) -> Any:
+        return compat.empty_quant_config()
+
+    def maybe_make_prepare_finalize(self, routing_tables: Any = None) -> None:
+        """vLLM 0.26: no modular kernel; the runner gathers and scatters the tokens of data-parallel ranks itself."""
+        return None
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        found = compat.activation_of(layer)
+        assert found is not None, "checked by why_unsupported"
+        activation, interleaved = found
+        weights = ExpertWeights.from_w13_w2(
+            layer.w13_weight.data,
+            layer.w2_weight.data,
+            w13_bias=_data(layer, "w13_bias"),
+            w2_bias=_data(layer, "w2_bias"),
+            interleaved=interleaved,
+        )
+        layer.w2_weight = torch.nn.Parameter(weights.w2_rows, requires_grad=False)
+        parallel = self.moe.moe_parallel_config
+        state = LayerState(
+            name=self.prefix,
+            weights=weights,
+            top_k=self.moe.experts_per_token,
+            activation=activation,
+            router_weight_on_input=bool(layer.apply_router_weight_on_input),
+            tau=torch.zeros(1, 1, dtype=torch.float32, device=weights.device),
+            tp_size=parallel.tp_size,
+            tp_rank=parallel.tp_rank,
+        )
+        if self.config.profile is not None:
+            tau, rho = self.config.profile.thresholds(self.prefix, self.config.target)
+            state.set(tau, rho, self.config.profile.router_weighted, f"{self.config.target:g}", self.config.target)
+        setattr(layer, STATE, state)
+
+    def apply(
+        self,
+        layer: torch.nn.Module,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        shared_experts: Any = None,
+        shared_experts_input: Any = None,
+    ) -> torch.Tensor:
+        """x [T, H]; topk_weights fp32 and topk_ids int [T, k], global ids. The weighted sum over this rank's experts
+        [T, H].
+        """
+        return torch.ops.cutedsl_kernels.routed_experts(x, topk_weights, topk_ids, self.prefix)
+
+
+def _data(layer: torch.nn.Module, name: str) -> torch.Tensor | None:
+    parameter = getattr(layer, name, None)
+    return None if parameter is None else parameter.data
+
+
+def run_layer(
+    layer: torch.nn.Module, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
+) -> torch.Tensor:
+    """What the custom op does once it knows its layer."""
+    state: LayerState = getattr(layer, STATE)
+    expert_map = layer.expert_map
+    state.observe(x, topk_weights, topk_ids, expert_map)
+    if x.device.type == "cuda":
+        from .dense import run_cuda
+
+        return run_cuda(state, x, topk_weights, topk_ids, expert_map, layer.global_num_experts)
+    return sparse_moe(
+        x,
+        state.weights,
+        topk_weights,
+        topk_ids,
+        state.tau,
+        router_weighted=state.router_weighted,
+        pair_threshold=state.rho,
+        activation=state.activation,
+        expert_map=expert_map,
+        apply_router_weight_on_input=state.router_weight_on_input,
+    )
+
+
+@torch.library.custom_op("cutedsl_kernels::routed_experts", mutates_args=())
+def _routed_experts(
+    x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, layer_name: str
+) -> torch.Tensor:
+    return run_layer(compat.layer_by_name(layer_name), x, topk_weights, topk_ids)
+
+
+@_routed_experts.register_fake
+def _(x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, layer_name: str) -> torch.Tensor:
+    return torch.empty_like(x)
