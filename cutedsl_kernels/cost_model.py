@@ -89,11 +89,12 @@ def _fused_us(
     busy = -(-items // gpu.num_sms) if num_tokens == 1 else max(1.0, waves + 0.5)
     balance = min(1.0, waves / busy) if waves > 0 else 1.0
     rows = config.stage_rows * (config.gate_stages - 0.5) + config.chunk_rows * (config.row_stages - 0.5)
-    in_flight = min(1.0, rows * 2 * shape.hidden_size / IN_FLIGHT_BYTES)
+    in_flight = rows * 2 * shape.hidden_size / IN_FLIGHT_BYTES
+    covered = in_flight / (in_flight + 0.1)  # of the DRAM latency
     moved = layer_bytes(shape, num_tokens, sparsity, pair_skip)
     per_expert = num_tokens * share / (1 - (1 - share) ** num_tokens) if share else 0.0
     blocks = max(1.0, per_expert / TOKEN_BLOCK)  # every further block of tokens reads the rows again from L2
     seconds_us = (moved.gate + moved.up_down) * (1 + 0.5 * (blocks - 1)) + moved.tokens
     per_item_us = 0.4  # routing scan, barriers, list: what a work item costs beside its bytes
-    transfer = seconds_us / (gpu.copy_gbps * 1e3 * FUSED_COPY_SHARE * balance * in_flight)
+    transfer = seconds_us / (gpu.copy_gbps * 1e3 * FUSED_COPY_SHARE * balance * covered)
     return FUSED_FIXED_US + transfer + per_item_us * max(1.0, waves)

@@ -1,0 +1,145 @@
+"""KernelSpec: everything that changes a kernel's code; and the fake arguments each kernel is compiled with."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, is_dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from ..configs import FusedConfig
+from ..shapes import MoEShape
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """One kernel instance. factory: ``module:Class`` of the kernel's host object; arguments: its keyword arguments, the
+    complete list of what its code depends on besides sources, DSL version and architecture."""
+
+    factory: str
+    arguments: tuple[tuple[str, Any], ...]
+
+    @classmethod
+    def of(cls, factory: str, **arguments: Any) -> KernelSpec:
+        return cls(factory, tuple(sorted(arguments.items())))
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        return dict(self.arguments)
+
+    @property
+    def kernel(self) -> str:
+        """Short name of the kernel: the last part of its module."""
+        return self.factory.partition(":")[0].rpartition(".")[2]
+
+    @property
+    def name(self) -> str:
+        """Readable and unique among the specs of one kernel; fit for a file name."""
+        parts = [self.kernel]
+        for name, value in self.arguments:
+            if is_dataclass(value) and not isinstance(value, type):
+                parts += [f"{_initials(field)}{number}" for field, number in asdict(value).items()]
+            elif isinstance(value, bool):
+                parts += [name.replace("_", "")] if value else []
+            else:
+                parts.append(value if isinstance(value, str) else f"{_initials(name)}{value}")
+        return "-".join(parts)
+
+    def build(self) -> Any:
+        """The kernel's host object; imports the kernel, and with it the CuTe DSL."""
+        module, _, name = self.factory.partition(":")
+        return getattr(import_module(module), name)(**self.keywords)
+
+
+def _initials(name: str) -> str:
+    return "".join(word[0] for word in name.split("_"))
+
+
+FUSED = "cutedsl_kernels.kernels.fused_decode:FusedDecode"
+
+
+def fused_spec(
+    shape: MoEShape,
+    config: FusedConfig,
+    *,
+    activation: str = "silu",
+    router_weighted: bool = True,
+    weight_on_input: bool = False,
+    has_expert_map: bool = False,
+) -> KernelSpec:
+    """Spec of the fused kernel; the caller has asked illegal_reason."""
+    return KernelSpec.of(
+        FUSED,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_experts=shape.num_experts,
+        top_k=shape.top_k,
+        config=config,
+        activation=activation,
+        router_weighted=router_weighted,
+        weight_on_input=weight_on_input,
+        has_expert_map=has_expert_map,
+    )
+
+
+class Fakes:
+    """Makes fake tensors; ``symbol(name)`` is the same symbolic size wherever it is used."""
+
+    def __init__(self) -> None:
+        import cutlass
+        from cutlass import cute
+        from cutlass.cute import runtime
+
+        self._runtime = runtime
+        self.symbol = functools.cache(lambda name: cute.sym_int())
+        self.bf16, self.f32, self.i32 = cutlass.BFloat16, cutlass.Float32, cutlass.Int32
+
+    def tensor(self, dtype: Any, *shape: Any, align: int = 16) -> Any:
+        """Row-major tensor of sizes (numbers or symbols), its first byte at a multiple of ``align``."""
+        order = tuple(reversed(range(len(shape))))
+        return self._runtime.make_fake_compact_tensor(dtype, shape, stride_order=order, assumed_align=align)
+
+    def stream(self, env_stream: bool) -> Any:
+        return self._runtime.make_fake_stream(use_tvm_ffi_env_stream=env_stream)
+
+
+def _fused_arguments(fakes: Fakes, spec: Mapping[str, Any]) -> list[Any]:
+    experts, inter, hidden = spec["num_experts"], spec["intermediate_size"], spec["hidden_size"]
+    tokens, rows = fakes.symbol("T"), fakes.symbol("scratch rows")
+    return [
+        fakes.tensor(fakes.bf16, tokens, hidden),
+        fakes.tensor(fakes.bf16, experts, 2 * inter, hidden),
+        fakes.tensor(fakes.bf16, experts, inter, hidden),
+        fakes.tensor(fakes.f32, experts, inter, align=4),
+        fakes.tensor(fakes.i32, tokens, spec["top_k"], align=4),
+        fakes.tensor(fakes.f32, tokens, spec["top_k"], align=4),
+        fakes.tensor(fakes.i32, fakes.symbol("global experts"), align=4),
+        fakes.tensor(fakes.f32, rows, hidden),
+        fakes.tensor(fakes.i32, rows, align=4),
+        fakes.tensor(fakes.bf16, tokens, hidden),
+        fakes.f32(0.0),
+        fakes.i32(1),
+    ]
+
+
+# Per kernel: its arguments up to the stream. Tests add theirs.
+SIGNATURES: dict[str, Callable[[Fakes, Mapping[str, Any]], list[Any]]] = {FUSED: _fused_arguments}
+
+
+def fake_arguments(spec: KernelSpec, env_stream: bool) -> list[Any]:
+    """Fake tensors with T symbolic, numbers, and the stream, in the order of the kernel's ``__call__``."""
+    fakes = Fakes()
+    return [*SIGNATURES[spec.factory](fakes, spec.keywords), fakes.stream(env_stream)]
+
+
+@functools.cache
+def source_fingerprint() -> str:
+    """Hash of every source that the code of a kernel can depend on."""
+    package = Path(__file__).parent.parent
+    digest = hashlib.sha256()
+    for path in [*sorted((package / "kernels").glob("*.py")), package / "configs.py", Path(__file__)]:
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
