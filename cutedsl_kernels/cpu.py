@@ -1,4 +1,14 @@
-"""The CPU back end of sparse_moe: gate in full, then only the rows of up and down that a token of the expert needs."""
+"""The CPU back end of sparse_moe: gate in full, then only the rows of up and down that a token of the expert needs.
+
+Per expert with m tokens, bytes as read from w13 and w2_rows:
+
+    gate    one product with the expert's I gate rows                                      I*H
+    mask    |act(gate)| (times r) against tau; the rows any of the m tokens needs: n       -
+    up      those n rows copied together, one product                                      n*H
+    down    up to BAG_TOKENS tokens: a weighted sum of rows read in place; else as up      n*H
+
+An expert whose n exceeds GATHER_LIMIT of its I rows runs densely: copying rows together costs more than it saves there.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +18,9 @@ import torch.nn.functional as F
 from .plan import Plan
 from .reference import expand_thresholds, gate_activation, local_experts, up_transform
 from .weights import ExpertWeights
+
+BAG_TOKENS = 8
+GATHER_LIMIT = 0.45
 
 
 def sparse_moe_cpu(
@@ -28,33 +41,105 @@ def sparse_moe_cpu(
     """Same arguments, result and errors as sparse_moe (which validates them); weights and inputs on the CPU."""
     del plan
     inter = weights.intermediate_size
+    dtype = hidden_states.dtype
     tau = expand_thresholds(thresholds, weights.num_experts, inter, hidden_states.device)
+    dense = not torch.as_tensor(thresholds).any()
     ids = local_experts(topk_ids, expert_map, weights.num_experts)
-    routing = topk_weights.float()
-    keep_pair = (ids >= 0) & ~(routing < pair_threshold)
+    token, slot = torch.nonzero((ids >= 0) & ~(topk_weights < pair_threshold), as_tuple=True)
+    expert, order = ids[token, slot].sort(stable=True)
+    token, slot = token[order], slot[order]
+    routing = topk_weights[token, slot].float().unsqueeze(1)
+    inputs = hidden_states[token]
+    if apply_router_weight_on_input:
+        inputs = (inputs.float() * routing).to(dtype)
     result = torch.zeros(hidden_states.shape, dtype=torch.float32)
-    for e in torch.unique(ids[keep_pair]).tolist():
-        token, slot = torch.nonzero(keep_pair & (ids == e), as_tuple=True)
-        r = routing[token, slot].unsqueeze(1)
-        x = hidden_states[token]
-        if apply_router_weight_on_input:
-            x = (x.float() * r).to(x.dtype)
-        gate = F.linear(x, weights.w13[e, :inter]).float()
-        if weights.w13_bias is not None:
-            gate = gate + weights.w13_bias[e, :inter].float()
-        a = gate_activation(gate, activation)
-        inactive = (a.abs() * r if router_weighted else a.abs()) < tau[e]
-        rows = torch.nonzero(~inactive.all(0)).squeeze(1)
-        up = F.linear(x, weights.w13[e].index_select(0, rows + inter)).float()
-        if weights.w13_bias is not None:
-            up = up + weights.w13_bias[e, inter:].index_select(0, rows).float()
-        h = a.index_select(1, rows) * up_transform(up, activation)
-        h = h.masked_fill(inactive.index_select(1, rows), 0.0).to(x.dtype)
-        y = (h @ weights.w2_rows[e].index_select(0, rows)).float()
-        if weights.w2_bias is not None:
-            y = y + weights.w2_bias[e].float()
-        result.index_add_(0, token, y if apply_router_weight_on_input else y * r)
+    experts, counts = torch.unique_consecutive(expert, return_counts=True)
+    start = 0
+    for e, m in zip(experts.tolist(), counts.tolist(), strict=True):
+        pairs = slice(start, start + m)
+        start += m
+        x, r = inputs[pairs], routing[pairs]
+        scale = None if apply_router_weight_on_input else r
+        if dense:
+            y = _all_neurons(x, weights, e, activation, scale)
+        else:
+            y = _active_neurons(x, weights, e, activation, scale, tau[e], r if router_weighted else None)
+        result.index_add_(0, token[pairs], y)
     if out is None:
-        return result.to(hidden_states.dtype)
-    out.copy_(result)
-    return out
+        return result.to(dtype)
+    return out.copy_(result)
+
+
+def _all_neurons(
+    x: torch.Tensor, weights: ExpertWeights, e: int, activation: str, scale: torch.Tensor | None
+) -> torch.Tensor:
+    """Expert e on x [m, H], every neuron: [m, H] fp32, times ``scale`` [m, 1] if given."""
+    gate_up = _times_rows(x, weights.w13[e])
+    if weights.w13_bias is not None:
+        gate_up += weights.w13_bias[e].float()
+    gate, up = gate_up.chunk(2, dim=1)
+    h = gate_activation(gate, activation) * up_transform(up, activation)
+    return _finish(_sum_rows(h, weights.w2_rows[e]), weights, e, scale)
+
+
+def _active_neurons(
+    x: torch.Tensor,
+    weights: ExpertWeights,
+    e: int,
+    activation: str,
+    scale: torch.Tensor | None,
+    tau: torch.Tensor,
+    r: torch.Tensor | None,
+) -> torch.Tensor:
+    """As _all_neurons, with neurons inactive where act(gate) (times r [m, 1] if given) is below tau [I]."""
+    m, inter = len(x), weights.intermediate_size
+    w_gate, w_up = weights.w13[e].split(inter)
+    w_down = weights.w2_rows[e]
+    gate = _times_rows(x, w_gate)
+    if weights.w13_bias is not None:
+        gate += weights.w13_bias[e, :inter].float()
+    a = gate_activation(gate, activation)
+    score = a.abs() if r is None else a.abs() * r
+    inactive = score < tau
+    rows = torch.nonzero(~(inactive.squeeze(0) if m == 1 else inactive.all(0))).squeeze(1)
+    if len(rows) == 0:
+        y = torch.zeros(x.shape, dtype=torch.float32)
+        return _finish(y, weights, e, scale)
+    bias = None if weights.w13_bias is None else weights.w13_bias[e, inter:]
+    gather = len(rows) <= GATHER_LIMIT * inter
+    if gather:
+        w_up = w_up.index_select(0, rows)
+        bias = None if bias is None else bias.index_select(0, rows)
+        a = (a if m == 1 else a.masked_fill(inactive, 0.0)).index_select(1, rows)
+    else:
+        a = a.masked_fill(inactive, 0.0)
+    up = _times_rows(x, w_up)
+    if bias is not None:
+        up += bias.float()
+    h = a * up_transform(up, activation)
+    if gather and m <= BAG_TOKENS:
+        y = F.embedding_bag(rows.expand(m, -1), w_down, mode="sum", per_sample_weights=h.to(x.dtype)).float()
+    else:
+        y = _sum_rows(h, w_down.index_select(0, rows) if gather else w_down)
+    return _finish(y, weights, e, scale)
+
+
+def _times_rows(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """x [m, H] times each of rows [n, H]: [m, n] fp32. fp16 is widened for m > 1: torch has no fast product."""
+    if x.dtype == torch.float16 and len(x) > 1:
+        return F.linear(x.float(), rows.float())
+    return F.linear(x, rows).float()
+
+
+def _sum_rows(h: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """h [m, n] fp32 times rows [n, H]: [m, H] fp32, h rounded to the rows' dtype unless that is fp16."""
+    if rows.dtype == torch.float16:
+        return h @ rows.float()
+    return (h.to(rows.dtype) @ rows).float()
+
+
+def _finish(y: torch.Tensor, weights: ExpertWeights, e: int, scale: torch.Tensor | None) -> torch.Tensor:
+    """The down bias and the routing weight."""
+    if weights.w2_bias is not None:
+        y = y + weights.w2_bias[e].float()
+    return y if scale is None else y * scale
