@@ -13,7 +13,7 @@ import typer
 
 from ..errors import UserError
 
-COMMANDS: tuple[str, ...] = ()
+COMMANDS: tuple[str, ...] = ("evaluate", "generate")
 
 
 def build_app() -> typer.Typer:

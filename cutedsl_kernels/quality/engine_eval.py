@@ -1,0 +1,79 @@
+"""Evaluation through a vLLM engine: the dense model and several targets on the same text, in one pass over it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import track
+
+from ..errors import UserError
+from .metrics import Comparison
+from .report import LayerRealised, Row
+
+if TYPE_CHECKING:
+    from ..integration.vllm.engine import SparseEngine
+
+
+def start_engine(
+    model: str,
+    profile: str | os.PathLike[str] | None,
+    targets: Sequence[float],
+    *,
+    max_len: int | None,
+    tensor_parallel_size: int = 1,
+) -> SparseEngine:
+    """An engine with ``profile`` (None: the one beside the checkpoint). UserError before the engine starts if a
+    target lies beyond it.
+    """
+    from ..integration.vllm.engine import SparseEngine, check_model
+    from ..integration.vllm.options import Options, find_profile
+    from ..sparsity import SparsityProfile
+
+    config = check_model(model)
+    path = os.fspath(profile) if profile is not None else find_profile(Options.collect(None), model)
+    loaded = SparsityProfile.load(path)
+    for target in targets:
+        if target > loaded.max_target:
+            raise UserError(
+                f"--target must lie in 0..{loaded.max_target:g} (the largest target of {path}), got {target:g}"
+            )
+    longest = (config.get("text_config") or config).get("max_position_embeddings")
+    limit = None if max_len is None else max_len + 1
+    if limit is not None and isinstance(longest, int):
+        limit = min(limit, longest)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    return SparseEngine(
+        model,
+        profile=path,
+        target=0.0,
+        max_model_len=limit,
+        tensor_parallel_size=tensor_parallel_size,
+        disable_log_stats=True,
+    )
+
+
+def compare_targets(
+    engine: SparseEngine, sequences: Sequence[Sequence[int]], targets: Sequence[float], console: Console | None = None
+) -> list[Row]:
+    """Rows for the dense model (first) and every target, on the same ``sequences`` of token ids."""
+    settings = [0.0, *targets]
+    comparisons = [Comparison() for _ in settings]
+    engine.reset_realised()
+    steps = track(
+        range(len(sequences)), description="evaluating", console=console, transient=True, disable=console is None
+    )
+    for index in steps:
+        for chunk in engine.score([sequences[index]], settings=settings):
+            for comparison, log_probs in zip(comparisons, chunk.log_probs, strict=True):
+                comparison.add(chunk.next_tokens, chunk.log_probs[0], log_probs)
+    rows = []
+    for setting, comparison in zip(settings, comparisons, strict=True):
+        layers = {
+            name: LayerRealised(counts.sparsity, counts.skipped_share)
+            for name, counts in engine.realised(setting).items()
+        }
+        rows.append(Row(setting, comparison.result(), layers))
+    return rows
