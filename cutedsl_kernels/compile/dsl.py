@@ -106,6 +106,8 @@ def _convert_arguments(function: Callable[..., Any]) -> Callable[..., None]:
         return Int32(argument) if isinstance(argument, int) else Float32(argument)
 
     def launch(*arguments: Any) -> None:
-        function(*map(convert, arguments), cuda.CUstream(torch.cuda.current_stream().cuda_stream))
+        device = arguments[0].device
+        with torch.cuda.device(device):
+            function(*map(convert, arguments), cuda.CUstream(torch.cuda.current_stream(device).cuda_stream))
 
     return launch

@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ..configs import FusedConfig
+from ..configs import FusedConfig, StagedConfig
 from ..shapes import MoEShape
 
 
@@ -85,6 +85,35 @@ def fused_spec(
     )
 
 
+STAGED = "cutedsl_kernels.kernels.staged_moe:StagedMoE"
+
+
+def staged_spec(
+    shape: MoEShape,
+    config: StagedConfig,
+    *,
+    activation: str = "silu",
+    router_weighted: bool = True,
+    weight_on_input: bool = False,
+    has_expert_map: bool = False,
+    deterministic: bool = False,
+) -> KernelSpec:
+    """Spec of the staged path, one object with all its kernels; the caller has asked illegal_reason."""
+    return KernelSpec.of(
+        STAGED,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_experts=shape.num_experts,
+        top_k=shape.top_k,
+        config=config,
+        activation=activation,
+        router_weighted=router_weighted,
+        weight_on_input=weight_on_input,
+        has_expert_map=has_expert_map,
+        deterministic=deterministic,
+    )
+
+
 class Fakes:
     """Makes fake tensors; ``symbol(name)`` is the same symbolic size wherever it is used."""
 
@@ -125,8 +154,39 @@ def _fused_arguments(fakes: Fakes, spec: Mapping[str, Any]) -> list[Any]:
     ]
 
 
+def _staged_arguments(fakes: Fakes, spec: Mapping[str, Any]) -> list[Any]:
+    experts, inter, hidden, top_k = (
+        spec[name] for name in ("num_experts", "intermediate_size", "hidden_size", "top_k")
+    )
+    shape, config = MoEShape(experts, top_k, hidden, inter), spec["config"]
+    tokens = fakes.symbol("T")
+    dtypes = {"int32": fakes.i32, "float32": fakes.f32, "bfloat16": fakes.bf16}
+    # Only the first size of a buffer depends on T; buffers that share it share the symbol.
+    first = {"num_items": 1, "sorted_pairs": "pairs", "kept": "pairs", "scaled": "scaled", "total": "total"}
+    buffers = []
+    for name, (sizes, dtype) in config.workspace(shape, 1, spec["deterministic"], spec["weight_on_input"]).items():
+        size = first.get(name, "items")
+        symbolic = size if isinstance(size, int) else fakes.symbol(size)
+        buffers.append(fakes.tensor(dtypes[dtype], symbolic, *sizes[1:], align=4 if len(sizes) == 1 else 16))
+    return [
+        fakes.tensor(fakes.bf16, tokens, hidden),
+        fakes.tensor(fakes.bf16, experts, 2 * inter, hidden),
+        fakes.tensor(fakes.bf16, experts, inter, hidden),
+        fakes.tensor(fakes.f32, experts, inter, align=4),
+        fakes.tensor(fakes.i32, tokens, top_k, align=4),
+        fakes.tensor(fakes.f32, tokens, top_k, align=4),
+        fakes.tensor(fakes.i32, fakes.symbol("global experts"), align=4),
+        fakes.f32(0.0),
+        *buffers,
+        fakes.tensor(fakes.bf16, tokens, hidden),
+    ]
+
+
 # Per kernel: its arguments up to the stream. Tests add theirs.
-SIGNATURES: dict[str, Callable[[Fakes, Mapping[str, Any]], list[Any]]] = {FUSED: _fused_arguments}
+SIGNATURES: dict[str, Callable[[Fakes, Mapping[str, Any]], list[Any]]] = {
+    FUSED: _fused_arguments,
+    STAGED: _staged_arguments,
+}
 
 
 def fake_arguments(spec: KernelSpec, env_stream: bool) -> list[Any]:

@@ -1,0 +1,309 @@
+"""sparse_moe on a CUDA device: chooses the plan, finds the compiled kernel, and launches it on torch's current stream.
+
+Nothing here synchronises the host with the device. Scratch memory is allocated once for a device and stream and never
+freed, because captured graphs hold its address. Two graphs captured on the same stream share it: do not replay them at
+the same time on different streams.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .compile import compile_count, compile_kernel, fused_spec
+from .configs import FusedConfig, Plan, illegal_reason
+from .dense import sparse_moe_dense
+from .environment import gpu_of
+from .plan import plan_for
+from .reference import expand_thresholds
+from .shapes import MoEShape
+from .weights import ExpertWeights
+
+# What a plan is chosen for when the caller gives none and the thresholds cannot be looked at without a synchronisation.
+ASSUMED_SPARSITY = 0.8
+ASSUMED_PAIR_SKIP = 0.2
+REMEMBERED_SCALARS = 256
+
+
+class NotWarm(RuntimeError):
+    """A CUDA graph is being captured, and something had to be compiled or allocated for it first."""
+
+
+def sparse_moe_cuda(
+    hidden_states: torch.Tensor,
+    weights: ExpertWeights,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    thresholds: torch.Tensor | float,
+    *,
+    router_weighted: bool = True,
+    pair_threshold: float = 0.0,
+    activation: str = "silu",
+    expert_map: torch.Tensor | None = None,
+    apply_router_weight_on_input: bool = False,
+    plan: Plan | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """sparse_moe for validated CUDA tensors; bf16 only.
+
+    plan None: plan_for at ASSUMED_SPARSITY (0 for the threshold 0.0), dense where no kernel can run the layer. A plan
+    that cannot run is a ValueError that says why. NotWarm while a graph is captured without a warm-up.
+    """
+    if hidden_states.dtype != torch.bfloat16:
+        raise TypeError(f"weights and hidden_states must be bfloat16 on a CUDA device, got {hidden_states.dtype}")
+    num_tokens, top_k = topk_ids.shape
+    shape = weights.shape(top_k)
+    if num_tokens == 0:
+        return torch.empty_like(hidden_states) if out is None else out
+    device = hidden_states.device
+    if plan is None:
+        dense = not isinstance(thresholds, torch.Tensor) and thresholds <= 0
+        sparsity, pair_skip = 0.0 if dense else ASSUMED_SPARSITY, ASSUMED_PAIR_SKIP if pair_threshold > 0 else 0.0
+        plan = _default_plan(weights, shape, num_tokens, sparsity, pair_skip, activation)
+    else:
+        _check_plan(plan, weights, shape, num_tokens, activation)
+    if plan.kind == "dense":
+        return sparse_moe_dense(
+            hidden_states,
+            weights,
+            topk_weights,
+            topk_ids,
+            thresholds,
+            router_weighted=router_weighted,
+            pair_threshold=pair_threshold,
+            activation=activation,
+            expert_map=expert_map,
+            apply_router_weight_on_input=apply_router_weight_on_input,
+            out=out,
+        )
+    assert isinstance(plan.config, FusedConfig)
+    return _run_fused(
+        plan.config,
+        shape,
+        _aligned(hidden_states),
+        weights,
+        _plain(topk_weights, torch.float32),
+        _plain(topk_ids, torch.int32),
+        threshold_table(thresholds, shape, device),
+        router_weighted,
+        pair_threshold,
+        activation,
+        None if expert_map is None else _plain(expert_map, torch.int32),
+        apply_router_weight_on_input,
+        out,
+    )
+
+
+def _run_fused(
+    config: FusedConfig,
+    shape: MoEShape,
+    hidden_states: torch.Tensor,
+    weights: ExpertWeights,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    thresholds: torch.Tensor,
+    router_weighted: bool,
+    pair_threshold: float,
+    activation: str,
+    expert_map: torch.Tensor | None,
+    weight_on_input: bool,
+    out: torch.Tensor | None,
+) -> torch.Tensor:
+    launch = _fused_kernel(shape, config, activation, router_weighted, weight_on_input, expert_map is not None)
+    scratch = scratch_for(hidden_states.device, hidden_states.shape[0], shape.hidden_size)
+    y = torch.empty_like(hidden_states) if out is None or not _writable(out, hidden_states) else out
+    launch(
+        hidden_states,
+        weights.w13,
+        weights.w2_rows,
+        thresholds,
+        topk_ids,
+        topk_weights,
+        topk_ids.view(-1) if expert_map is None else expert_map,  # without a map: any int32 tensor, never read
+        scratch.accum,
+        scratch.counters,
+        y,
+        pair_threshold,
+        gpu_of(hidden_states.device).num_sms,
+    )
+    return y if out is None or out is y else out.copy_(y)
+
+
+def _writable(out: torch.Tensor, hidden_states: torch.Tensor) -> bool:
+    """Not over x, which other CTAs still read, and in the layout that the kernel was compiled for."""
+    return out.data_ptr() not in (0, hidden_states.data_ptr()) and out.is_contiguous() and out.data_ptr() % 16 == 0
+
+
+@functools.lru_cache(maxsize=4096)
+def _fused_kernel(
+    shape: MoEShape,
+    config: FusedConfig,
+    activation: str,
+    router_weighted: bool,
+    weight_on_input: bool,
+    has_expert_map: bool,
+) -> Callable[..., Any]:
+    """Its body runs once for each kernel, which is when a graph capture has to be refused."""
+    _refuse_capture("a kernel to load")
+    return compile_kernel(
+        fused_spec(
+            shape,
+            config,
+            activation=activation,
+            router_weighted=router_weighted,
+            weight_on_input=weight_on_input,
+            has_expert_map=has_expert_map,
+        )
+    )
+
+
+def _default_plan(
+    weights: ExpertWeights,
+    shape: MoEShape,
+    num_tokens: int,
+    sparsity: float,
+    pair_skip: float,
+    activation: str,
+) -> Plan:
+    if _no_kernels(weights):
+        return Plan("dense")
+    return plan_for(shape, num_tokens, max(sparsity, pair_skip), weights.device, pair_skip, activation)
+
+
+def _check_plan(plan: Plan, weights: ExpertWeights, shape: MoEShape, num_tokens: int, activation: str) -> None:
+    if plan.kind == "dense":
+        return
+    reason = _no_kernels(weights) or _cannot_run(plan, shape, num_tokens, activation)
+    if plan.kind == "cpu":
+        reason = "it is for tensors on the CPU"
+    if reason:
+        raise ValueError(f"plan {plan} cannot run {shape.key} at {num_tokens} tokens: {reason}: use Plan('dense')")
+
+
+_cannot_run = functools.lru_cache(maxsize=65536)(illegal_reason)
+
+
+def _no_kernels(weights: ExpertWeights) -> str | None:
+    """Why no kernel of ours can run these weights, whatever the plan."""
+    if weights.w13_bias is not None or weights.w2_bias is not None:
+        return "the kernels take no biases"
+    return None if _is_hopper(weights.device) else f"the kernels need an sm_90 GPU, {weights.device} is not one"
+
+
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def _plain(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``tensor`` as a contiguous one of ``dtype``; itself if it is."""
+    return tensor.to(dtype).contiguous()
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor``, or a copy, contiguous and starting at a multiple of 16 bytes."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
+_scalar_thresholds: dict[tuple[float, int, int, torch.device], torch.Tensor] = {}
+
+
+def threshold_table(thresholds: torch.Tensor | float, shape: MoEShape, device: torch.device) -> torch.Tensor:
+    """fp32 [E, I], contiguous, for a number or a tensor that broadcasts. Numbers are remembered; so pass [E, I] or a
+    number, since any other tensor is expanded by a copy on every call."""
+    if isinstance(thresholds, torch.Tensor):
+        table = thresholds.dtype == torch.float32 and thresholds.shape == (shape.num_experts, shape.intermediate_size)
+        if table and thresholds.is_contiguous() and thresholds.device == device:
+            return thresholds
+        return expand_thresholds(thresholds, shape.num_experts, shape.intermediate_size, device).contiguous()
+    key = (float(thresholds), shape.num_experts, shape.intermediate_size, device)
+    made = _scalar_thresholds.get(key)
+    if made is None:
+        made = torch.full((shape.num_experts, shape.intermediate_size), float(thresholds), device=device)
+        if not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
+            if len(_scalar_thresholds) >= REMEMBERED_SCALARS:
+                _scalar_thresholds.pop(next(iter(_scalar_thresholds)))
+            _scalar_thresholds[key] = made  # made while capturing, it would belong to that graph's memory
+    return made
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """Zero between launches: the kernels clean up behind themselves. accum [rows, H] fp32, counters [rows] int32."""
+
+    accum: torch.Tensor
+    counters: torch.Tensor
+
+
+_scratch: dict[tuple[torch.device, int, int], Scratch] = {}
+_retired: list[Scratch] = []  # captured graphs may still write to these
+
+
+def scratch_for(device: torch.device, num_tokens: int, hidden_size: int) -> Scratch:
+    """Scratch of the current stream for ``num_tokens`` tokens or more; NotWarm if a capture would have to make it."""
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    key = (device, stream, hidden_size)
+    found = _scratch.get(key)
+    if found is not None and found.counters.shape[0] >= num_tokens:
+        return found
+    _refuse_capture("scratch memory to allocate")
+    rows = 1 << max(6, (num_tokens - 1).bit_length())
+    if found is not None:
+        _retired.append(found)
+    _scratch[key] = Scratch(
+        torch.zeros(rows, hidden_size, dtype=torch.float32, device=device),
+        torch.zeros(rows, dtype=torch.int32, device=device),
+    )
+    return _scratch[key]
+
+
+def _refuse_capture(what: str) -> None:
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise NotWarm(
+            f"there is {what} and a CUDA graph is being captured: call cutedsl_kernels.launch.warmup, or run the layer"
+            " once with this many tokens, on the stream of the capture first"
+        )
+
+
+def warmup(
+    weights: ExpertWeights,
+    top_k: int,
+    token_buckets: Iterable[int],
+    *,
+    sparsity: float = ASSUMED_SPARSITY,
+    pair_skip: float = 0.0,
+    plans: Iterable[Plan] = (),
+    router_weighted: bool = True,
+    activation: str = "silu",
+    expert_map: torch.Tensor | None = None,
+    apply_router_weight_on_input: bool = False,
+) -> int:
+    """Compiles, loads and launches once what these numbers of tokens need on the current stream, and allocates scratch.
+
+    For each bucket the plan of plan_for at ``sparsity`` and ``pair_skip``, or every one of ``plans`` that can run it.
+    The launches have no pair to compute, so they read no weights. Returns how many kernels were compiled: 0 when all
+    were in the cache. Afterwards these calls compile nothing and can be captured.
+    """
+    before, device = compile_count(), weights.device
+    shape, given = weights.shape(top_k), tuple(plans)
+    for num_tokens in sorted(set(token_buckets), reverse=True):
+        runnable = [p for p in given if illegal_reason(p, shape, num_tokens, activation) is None]
+        for plan in runnable if given else [_default_plan(weights, shape, num_tokens, sparsity, pair_skip, activation)]:
+            sparse_moe_cuda(
+                torch.zeros(num_tokens, shape.hidden_size, dtype=weights.dtype, device=device),
+                weights,
+                torch.zeros(num_tokens, top_k, device=device),
+                torch.full((num_tokens, top_k), -1, dtype=torch.int32, device=device),
+                0.0,
+                router_weighted=router_weighted,
+                activation=activation,
+                expert_map=expert_map,
+                apply_router_weight_on_input=apply_router_weight_on_input,
+                plan=plan,
+            )
+    return compile_count() - before
