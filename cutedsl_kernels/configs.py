@@ -61,7 +61,59 @@ class FusedConfig:
         return rings + sums + queue + tokens + 2 * self.max_pairs + 4 * (num_experts + 1) + 1024
 
 
-TileConfig = FusedConfig
+@dataclass(frozen=True)
+class StagedConfig:
+    """How the staged kernels cut a layer; the fields are compile-time constants. No limit on T.
+
+    token_block: tokens of one expert handled at once. wgmma: 1 for wgmma, 0 for warp MMA. row_stages, row_atoms: tiles
+    in the ring of the gate and up products, and 128-byte lines of each row in a tile. down_stages, down_atoms: the same
+    for the down product, whose tile is 64 gathered rows by down_atoms lines. down_splits: CTAs that share one item.
+    """
+
+    token_block: int = 16
+    wgmma: int = 1
+    row_stages: int = 6
+    row_atoms: int = 1
+    down_stages: int = 4
+    down_atoms: int = 2
+    down_splits: int = 1
+
+    def smem_bytes(self, intermediate_size: int) -> int:
+        """Shared memory of the CTA that needs most, bytes: a ring, and up to four bytes for each 64 neurons."""
+        row_tile = (64 + self.token_block) * 128 * self.row_atoms
+        down_tile = 64 * 128 * self.down_atoms + self.token_block * 128
+        lists = 4 * -(-intermediate_size // 64) + 4 * self.token_block + 1024
+        return max(row_tile * self.row_stages, down_tile * self.down_stages) + lists
+
+    def max_items(self, shape: MoEShape, num_tokens: int) -> int:
+        """Most (expert, token block) items that ``num_tokens`` tokens can make."""
+        pairs = num_tokens * shape.top_k
+        return min(pairs, shape.num_experts + pairs // self.token_block)
+
+    def workspace(
+        self, shape: MoEShape, num_tokens: int, deterministic: bool, weight_on_input: bool
+    ) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape and dtype ("int32", "float32", "bfloat16") of every scratch tensor, in the order of the arguments."""
+        pairs, items = num_tokens * shape.top_k, self.max_items(shape, num_tokens)
+        tiles = -(-shape.intermediate_size // 64)
+        capacity = 64 * tiles
+        return {
+            "items": ((items, 4), "int32"),
+            "num_items": ((1,), "int32"),
+            "sorted_pairs": ((pairs,), "int32"),
+            "kept": ((pairs,), "int32"),
+            "counts": ((items, tiles), "int32"),
+            "neurons": ((items, capacity), "int32"),
+            "gates": ((items, capacity, self.token_block), "float32"),
+            "active": ((items,), "int32"),
+            "slots": ((items, capacity), "int32"),
+            "hidden": ((items, self.token_block, capacity), "bfloat16"),
+            "scaled": ((pairs if weight_on_input else 1, shape.hidden_size), "bfloat16"),
+            "total": ((self.down_splits * pairs if deterministic else num_tokens, shape.hidden_size), "float32"),
+        }
+
+
+TileConfig = FusedConfig | StagedConfig
 
 
 @dataclass(frozen=True)
@@ -110,7 +162,7 @@ class Plan:
 
 
 PLAN_KINDS = ("fused", "staged", "dense", "cpu")
-CONFIG_TYPES: dict[str, type[FusedConfig]] = {"fused": FusedConfig}
+CONFIG_TYPES: dict[str, type[FusedConfig] | type[StagedConfig]] = {"fused": FusedConfig, "staged": StagedConfig}
 
 
 def illegal_reason(plan: Plan, shape: MoEShape, num_tokens: int | None = None, activation: str = "silu") -> str | None:
@@ -124,7 +176,33 @@ def illegal_reason(plan: Plan, shape: MoEShape, num_tokens: int | None = None, a
         return f"activation {activation} is not one of {', '.join(KERNEL_ACTIVATIONS)}"
     if shape.hidden_size % 64:
         return f"hidden_size {shape.hidden_size} is not a multiple of 64"
+    if isinstance(plan.config, StagedConfig):
+        return _illegal_staged(plan.config, shape)
     return _illegal_fused(plan.config, shape, num_tokens)
+
+
+def _illegal_staged(config: StagedConfig, shape: MoEShape) -> str | None:
+    choices = {
+        "token_block": (16, 32, 64),
+        "wgmma": (0, 1),
+        "row_atoms": (1, 2),
+        "down_atoms": (1, 2, 4),
+    }
+    for name, allowed in choices.items():
+        if getattr(config, name) not in allowed:
+            return f"{name} is {getattr(config, name)}, must be one of {allowed}"
+    for name, least in (("row_stages", 2), ("down_stages", 2), ("down_splits", 1)):
+        if getattr(config, name) < least:
+            return f"{name} is {getattr(config, name)}, must be at least {least}"
+    for name in ("row_atoms", "down_atoms"):
+        if shape.hidden_size % (64 * getattr(config, name)):
+            return (
+                f"{name} is {getattr(config, name)}: hidden_size {shape.hidden_size} is not a multiple of 64 times that"
+            )
+    smem = config.smem_bytes(shape.intermediate_size)
+    if smem > SMEM_LIMIT:
+        return f"{smem} bytes of shared memory, a CTA has at most {SMEM_LIMIT}"
+    return None
 
 
 def _illegal_fused(config: FusedConfig, shape: MoEShape, num_tokens: int | None) -> str | None:

@@ -1,0 +1,215 @@
+"""route_sort: sorts the pairs of a batch by expert and cuts them into items, in one launch.
+
+CTA 0 does the sorting. Its warps own consecutive segments of the pairs:
+
+    1  each warp counts its pairs by expert (match.any finds the lanes with the same expert)     counts[warp, expert]
+    2  each expert's counts become offsets of the warps, and its total                            T*k ints from L2
+    3  one warp numbers positions and items of all experts, in order of expert id
+    4  each warp walks its segment again and writes every pair to its position
+
+so the pairs of one expert stay in the order of topk_ids. Remote and out-of-range experts and pairs below the pair
+threshold get no position. The other CTAs meanwhile zero the fp32 sum (reduction by atomics) and scale the tokens
+(routing weight on the input).
+"""
+
+from __future__ import annotations
+
+import cutlass
+import cutlass.cute as cute
+
+from .primitives import BF16, F32, I32, U32, SmemAllocator, vector
+from .staged_common import StagedSpec
+
+HELPER_CTAS = 64
+WARPS = 16
+
+
+class RouteSort:
+    """items [max_items, 4] (expert, first position, tokens, 0), num_items [1], sorted_pairs [T*k], kept [T*k] 0/1, int32.
+
+    max_items is at least min(T*k, E + T*k / token_block): more items there cannot be.
+    """
+
+    def __init__(self, spec: StagedSpec):
+        self.spec = spec
+        self.threads = 32 * WARPS
+        self.helpers = HELPER_CTAS if spec.weight_on_input or not spec.deterministic else 0
+
+    @cute.jit
+    def launch(
+        self,
+        x,
+        topk_ids,
+        topk_weights,
+        expert_map,
+        pair_threshold,
+        items,
+        num_items,
+        sorted_pairs,
+        kept,
+        scaled,
+        total,
+        stream,
+    ):
+        self.kernel(
+            x, topk_ids, topk_weights, expert_map, pair_threshold, items, num_items, sorted_pairs, kept, scaled, total
+        ).launch(grid=(1 + self.helpers, 1, 1), block=(self.threads, 1, 1), stream=stream)
+
+    @cute.kernel
+    def kernel(
+        self,
+        x: cute.Tensor,
+        topk_ids: cute.Tensor,
+        topk_weights: cute.Tensor,
+        expert_map: cute.Tensor,
+        pair_threshold: cutlass.Float32,
+        items: cute.Tensor,
+        num_items: cute.Tensor,
+        sorted_pairs: cute.Tensor,
+        kept: cute.Tensor,
+        scaled: cute.Tensor,
+        total: cute.Tensor,
+    ):
+        thread, _, _ = cute.arch.thread_idx()
+        cta, _, _ = cute.arch.block_idx()
+        if cta == 0:
+            self.sort(topk_ids, topk_weights, expert_map, pair_threshold, items, num_items, sorted_pairs, kept, thread)
+        elif cutlass.const_expr(self.helpers > 0):
+            worker = (cta - 1) * self.threads + thread
+            if cutlass.const_expr(not self.spec.deterministic):
+                self.zero(total, worker)
+            if cutlass.const_expr(self.spec.weight_on_input):
+                self.scale(x, topk_weights, scaled, worker)
+
+    @cute.jit
+    def expert_of(self, pair, num_pairs, ids, routing, expert_map, pair_threshold):
+        """Local expert of a pair, num_experts if it is dropped or past the end."""
+        experts = self.spec.num_experts
+        expert = I32(experts)
+        if pair < num_pairs:
+            expert = I32(ids[pair])
+            if cutlass.const_expr(self.spec.has_expert_map):
+                local = I32(-1)
+                if expert >= 0 and expert < cute.size(expert_map):
+                    local = I32(expert_map[expert])
+                expert = local
+            if expert < 0 or expert >= experts or routing[pair] < pair_threshold:
+                expert = I32(experts)
+        return expert
+
+    @cute.jit
+    def sort(self, topk_ids, topk_weights, expert_map, pair_threshold, items, num_items, sorted_pairs, kept, thread):
+        experts, warps, threads = self.spec.num_experts, WARPS, self.threads
+        lane, warp = thread % 32, cute.arch.make_warp_uniform(thread // 32)
+        smem = SmemAllocator()
+        counts = smem.allocate_tensor(I32, cute.make_layout((warps, experts), stride=(experts, 1)), 16)
+        totals = smem.allocate_tensor(I32, cute.make_layout((experts,)), 16)
+        first_item = smem.allocate_tensor(I32, cute.make_layout((experts,)), 16)
+        start = smem.allocate_tensor(I32, cute.make_layout((experts,)), 16)
+        num_pairs = cute.size(topk_ids)
+        ids = cute.make_tensor(topk_ids.iterator, cute.make_layout((num_pairs,)))
+        routing = cute.make_tensor(topk_weights.iterator, cute.make_layout((num_pairs,)))
+        steps = (num_pairs + (threads - 1)) // threads
+        begin = warp * steps * 32
+        for i in cutlass.range(thread, warps * experts, threads, unroll=1):
+            counts[i // experts, i % experts] = 0
+        cute.arch.sync_threads()
+        below = U32(cute.arch.lanemask_lt())
+        for step in cutlass.range(steps, unroll=1):
+            pair = begin + step * 32 + lane
+            expert = self.expert_of(pair, num_pairs, ids, routing, expert_map, pair_threshold)
+            if pair < num_pairs:
+                kept[pair] = I32(1) if expert < experts else I32(0)
+            same = U32(cute.arch.match_sync(0xFFFFFFFF, expert))
+            if expert < experts and (same & below) == 0:
+                counts[warp, expert] = counts[warp, expert] + I32(cute.arch.popc(same))
+            cute.arch.sync_warp()
+        cute.arch.sync_threads()
+        for expert in cutlass.range(thread, experts, threads, unroll=1):
+            running = I32(0)
+            for w in cutlass.range_constexpr(warps):
+                count = counts[w, expert]
+                counts[w, expert] = running
+                running += count
+            totals[expert] = running
+        cute.arch.sync_threads()
+        if thread < 32:
+            self.number(totals, start, first_item, num_items, lane)
+        cute.arch.sync_threads()
+        for expert in cutlass.range(thread, experts, threads, unroll=1):
+            self.write_items(expert, totals[expert], start[expert], first_item[expert], items)
+        for step in cutlass.range(steps, unroll=1):
+            pair = begin + step * 32 + lane
+            expert = self.expert_of(pair, num_pairs, ids, routing, expert_map, pair_threshold)
+            same = U32(cute.arch.match_sync(0xFFFFFFFF, expert))
+            if expert < experts:
+                position = start[expert] + counts[warp, expert] + I32(cute.arch.popc(same & below))
+                sorted_pairs[position] = pair
+            cute.arch.sync_warp()
+            if expert < experts and (same & below) == 0:
+                counts[warp, expert] = counts[warp, expert] + I32(cute.arch.popc(same))
+            cute.arch.sync_warp()
+
+    @cute.jit
+    def number(self, totals, start, first_item, num_items, lane):
+        """One warp: exclusive prefix sums over the experts of pairs and of items (token blocks)."""
+        experts, block = self.spec.num_experts, self.spec.token_block
+        chunk = (experts + 31) // 32
+        pairs, blocks = I32(0), I32(0)
+        for i in cutlass.range_constexpr(chunk):
+            expert = lane * chunk + i
+            if expert < experts:
+                count = totals[expert]
+                pairs += count
+                blocks += (count + (block - 1)) // block
+        mine_pairs, mine_blocks = pairs, blocks
+        for step in cutlass.range_constexpr(5):
+            other_pairs = cute.arch.shuffle_sync_up(pairs, 1 << step, mask_and_clamp=0)
+            other_blocks = cute.arch.shuffle_sync_up(blocks, 1 << step, mask_and_clamp=0)
+            if lane >= (1 << step):
+                pairs += other_pairs
+                blocks += other_blocks
+        if lane == 31:
+            num_items[0] = blocks
+        pairs -= mine_pairs
+        blocks -= mine_blocks
+        for i in cutlass.range_constexpr(chunk):
+            expert = lane * chunk + i
+            if expert < experts:
+                count = totals[expert]
+                start[expert] = pairs
+                first_item[expert] = blocks
+                pairs += count
+                blocks += (count + (block - 1)) // block
+
+    @cute.jit
+    def write_items(self, expert, count, start, first, items):
+        block = self.spec.token_block
+        for b in cutlass.range((count + (block - 1)) // block, unroll=1):
+            item = first + b
+            items[item, 0] = expert
+            items[item, 1] = start + b * block
+            items[item, 2] = cutlass.min(count - b * block, I32(block))
+            items[item, 3] = 0
+
+    @cute.jit
+    def zero(self, total, worker):
+        zero = cute.make_rmem_tensor((4,), F32)
+        zero.fill(0.0)
+        for i in cutlass.range(worker, cute.size(total) // 4, self.helpers * self.threads, unroll=1):
+            cute.autovec_copy(zero, vector(total.iterator, i * 4, 4, 4))
+
+    @cute.jit
+    def scale(self, x, topk_weights, scaled, worker):
+        """scaled[p, :] = x[p / k, :] * routing weight of pair p, rounded to bf16, for every pair."""
+        vectors = self.spec.hidden_size // 8
+        routing = cute.make_tensor(topk_weights.iterator, cute.make_layout((cute.size(topk_weights),)))
+        value = cute.make_rmem_tensor((8,), BF16)
+        for i in cutlass.range(worker, cute.size(topk_weights) * vectors, self.helpers * self.threads, unroll=1):
+            pair, column = i // vectors, (i % vectors) * 8
+            token = I32(U32(pair) // self.spec.top_k)
+            cute.autovec_copy(vector(x.iterator, token * self.spec.hidden_size + column), value)
+            weight = routing[pair]
+            for j in cutlass.range_constexpr(8):
+                value[j] = BF16(F32(value[j]) * weight)
+            cute.autovec_copy(value, vector(scaled.iterator, pair * self.spec.hidden_size + column))

@@ -1,0 +1,211 @@
+"""sparse_down: the down product of the staged path over active neurons only, and the sum over a token's experts.
+
+One CTA (one warp group) = one item, one tile of 64 * down_atoms hidden columns, one of down_splits parts of the item's
+active neurons:
+
+    y[c, t] = sum over slots s of w2_rows[neuron of s, c] * h[t, s]    pieces of gathered rows through the ring
+
+The weights of a tile are 64 slots by 64 * down_atoms columns with the columns contiguous (MN-major for wgmma, ldmatrix
+with transposition for warp MMA). The result goes to the output in one of two ways:
+
+    atomics         red.global.add.f32 into the zeroed fp32 sum [T, H]; the order of the additions is not defined
+    deterministic   into partial [splits, T*k, H] fp32, one row for each pair and split, every element written once
+
+Combine then rounds the sum to bf16, or adds a token's partial rows in order of pairs and splits first. Bitwise equal
+results from run to run need the deterministic way. Grids: (H / tile, max_items, splits) and (T, H / 1024).
+"""
+
+from __future__ import annotations
+
+import cutlass
+import cutlass.cute as cute
+
+from .primitives import BF16, F32, I32, I64, U32, SmemAllocator, reduce_add, vector
+from .staged_common import LINE, ROWS, THREADS, StagedSpec
+
+
+class SparseDown:
+    """total: the zeroed fp32 sum [T, H], or partial rows [splits * T*k, H]."""
+
+    def __init__(self, spec: StagedSpec):
+        self.spec, self.ring = spec, spec.down_ring()
+        self.columns = LINE * spec.config.down_atoms
+
+    @cute.jit
+    def launch(self, w2_rows, items, num_items, sorted_pairs, active, slots, hidden, total, stream):
+        self.kernel(w2_rows, items, num_items, sorted_pairs, active, slots, hidden, total).launch(
+            grid=(self.spec.hidden_size // self.columns, cute.size(items, mode=[0]), self.spec.config.down_splits),
+            block=(THREADS, 1, 1),
+            stream=stream,
+            min_blocks_per_mp=2,
+            preferred_smem_carveout=100,
+        )
+
+    @cute.kernel
+    def kernel(
+        self,
+        w2_rows: cute.Tensor,
+        items: cute.Tensor,
+        num_items: cute.Tensor,
+        sorted_pairs: cute.Tensor,
+        active: cute.Tensor,
+        slots: cute.Tensor,
+        hidden: cute.Tensor,
+        total: cute.Tensor,
+    ):
+        spec = self.spec
+        thread, _, _ = cute.arch.thread_idx()
+        column_tile, item, split = cute.arch.block_idx()
+        smem = SmemAllocator()
+        lines = self.ring.allocate(smem)
+        pairs = smem.allocate_tensor(I32, cute.make_layout((spec.token_block,)), 16)
+        if item < num_items[0]:
+            expert, start, num_tokens = items[item, 0], items[item, 1], items[item, 2]
+            count = active[item]
+            tiles = (count + (ROWS - 1)) // ROWS
+            per_split = (tiles + (spec.config.down_splits - 1)) // spec.config.down_splits
+            begin = split * per_split
+            end = cutlass.min(begin + per_split, tiles)
+            if thread < spec.token_block:
+                pair = I32(0)
+                if thread < num_tokens:
+                    pair = sorted_pairs[start + thread]
+                pairs[thread] = pair
+            acc = self.ring.accumulators()
+            base = I64(expert) * (spec.intermediate_size * spec.hidden_size) + column_tile * self.columns
+            self.product(
+                lines,
+                w2_rows.iterator + cute.assume(base, divby=LINE),
+                slots.iterator + I64(item) * spec.capacity,
+                hidden.iterator + cute.assume(I64(item) * (spec.token_block * spec.capacity), divby=LINE),
+                begin,
+                end,
+                count,
+                num_tokens,
+                acc,
+                thread,
+            )
+            cute.arch.sync_threads()
+            if cutlass.const_expr(spec.deterministic):
+                self.write_partial(acc, pairs, num_tokens, split, cute.size(sorted_pairs), column_tile, total, thread)
+            elif begin < end:
+                self.write_atomic(acc, pairs, num_tokens, column_tile, total, thread)
+
+    @cute.jit
+    def product(self, lines, weights, slots, hidden, begin, end, count, num_tokens, acc, thread):
+        """acc += over tiles begin .. end of 64 slots. Rows of a tile are looked up one tile before they are loaded."""
+        place = self.ring.place(thread)
+        chunk = (thread % 8) * 8
+        weights = weights + cute.assume(chunk, divby=8)
+        hidden = hidden + cute.assume(chunk, divby=8)
+        b_rows = cute.make_rmem_tensor((self.ring.b_loads,), I32)
+        for i in cutlass.range_constexpr(self.ring.b_loads):
+            t = thread // 8 + i * 16
+            b_rows[i] = t if t < num_tokens else I32(-1)
+        rows = cute.make_rmem_tensor((4,), I32)
+        self.ring.clear(lines, rows, b_rows, thread)
+        for s in cutlass.range_constexpr(self.ring.stages - 1):
+            if begin + s < end:
+                self.look_up(slots, begin + s, count, rows, thread)
+                self.load_tile(lines, place + s * self.ring.stage_size, weights, rows, hidden, b_rows, begin + s)
+            cute.arch.cp_async_commit_group()
+        self.look_up(slots, begin + (self.ring.stages - 1), count, rows, thread)
+        stage, fill = I32(0), I32(self.ring.stages - 1)
+        for tile in cutlass.range(begin, end, unroll=1):
+            self.ring.wait_for_tile()
+            ahead = tile + (self.ring.stages - 1)
+            if ahead < end:
+                self.load_tile(lines, place + fill * self.ring.stage_size, weights, rows, hidden, b_rows, ahead)
+            cute.arch.cp_async_commit_group()
+            self.look_up(slots, ahead + 1, count, rows, thread)
+            self.ring.multiply(lines, stage, acc, thread)
+            stage = self.ring.next_stage(stage)
+            fill = self.ring.next_stage(fill)
+
+    @cute.jit
+    def look_up(self, slots, tile, count, rows, thread):
+        """rows [4]: neurons of this thread's slots of a tile, -1 past the end of the list."""
+        for i in cutlass.range_constexpr(4):
+            slot = tile * ROWS + (thread // 8 + i * 16)
+            rows[i] = I32(-1)
+            if slot < count:
+                rows[i] = (slots + slot).load()
+
+    @cute.jit
+    def load_tile(self, lines, offset, weights, rows, hidden, b_rows, tile):
+        spec = self.spec
+        self.ring.load_lines(lines, offset, weights, rows, 4, spec.hidden_size, self.ring.atoms, ROWS, True)
+        source = hidden + cute.assume(tile * ROWS, divby=LINE)
+        offset_b = offset + self.ring.a_size
+        self.ring.load_lines(
+            lines, offset_b, source, b_rows, self.ring.b_loads, spec.capacity, 1, spec.token_block, False
+        )
+
+    @cute.jit
+    def write_partial(self, acc, pairs, num_tokens, split, num_pairs, column_tile, total, thread):
+        lane, warp = thread % 32, thread // 32
+        column = column_tile * self.columns + warp * 16 + lane // 4
+        for j in cutlass.range_constexpr(self.spec.token_block // 8):
+            for c in cutlass.range_constexpr(2):
+                t = 8 * j + 2 * (lane % 4) + c
+                if t < num_tokens:
+                    row = total.iterator + (I64(split * num_pairs + pairs[t]) * self.spec.hidden_size + column)
+                    for b in cutlass.range_constexpr(self.ring.blocks):
+                        for h in cutlass.range_constexpr(2):
+                            (row + (b * LINE + 8 * h)).store(acc[(c, h, j), b])
+
+    @cute.jit
+    def write_atomic(self, acc, pairs, num_tokens, column_tile, total, thread):
+        lane, warp = thread % 32, thread // 32
+        column = column_tile * self.columns + warp * 16 + lane // 4
+        for j in cutlass.range_constexpr(self.spec.token_block // 8):
+            for c in cutlass.range_constexpr(2):
+                t = 8 * j + 2 * (lane % 4) + c
+                if t < num_tokens:
+                    token = I32(U32(pairs[t]) // self.spec.top_k)
+                    row = total.iterator + (I64(token) * self.spec.hidden_size + column)
+                    for b in cutlass.range_constexpr(self.ring.blocks):
+                        for h in cutlass.range_constexpr(2):
+                            reduce_add(row + (b * LINE + 8 * h), acc[(c, h, j), b])
+
+
+class Combine:
+    """out [T, H] bf16 from the fp32 sum, or from the partial rows of the kept pairs. One thread: 8 columns."""
+
+    def __init__(self, spec: StagedSpec):
+        self.spec = spec
+
+    @cute.jit
+    def launch(self, kept, total, out, stream):
+        width = THREADS * 8
+        self.kernel(kept, total, out).launch(
+            grid=(cute.size(out, mode=[0]), (self.spec.hidden_size + width - 1) // width, 1),
+            block=(THREADS, 1, 1),
+            stream=stream,
+        )
+
+    @cute.kernel
+    def kernel(self, kept: cute.Tensor, total: cute.Tensor, out: cute.Tensor):
+        spec = self.spec
+        thread, _, _ = cute.arch.thread_idx()
+        token, part, _ = cute.arch.block_idx()
+        column = (part * THREADS + thread) * 8
+        if column < spec.hidden_size:
+            result = cute.make_rmem_tensor((8,), F32)
+            if cutlass.const_expr(spec.deterministic):
+                result.fill(0.0)
+                value = cute.make_rmem_tensor((8,), F32)
+                for j in cutlass.range_constexpr(spec.top_k):
+                    pair = token * spec.top_k + j
+                    if kept[pair] == 1:
+                        for split in cutlass.range_constexpr(spec.config.down_splits):
+                            row = I64(split * cute.size(kept) + pair) * spec.hidden_size + column
+                            cute.autovec_copy(vector(total.iterator, row), value)
+                            for i in cutlass.range_constexpr(8):
+                                result[i] = result[i] + value[i]
+            else:
+                cute.autovec_copy(vector(total.iterator, I64(token) * spec.hidden_size + column), result)
+            rounded = cute.make_rmem_tensor((8,), BF16)
+            for i in cutlass.range_constexpr(8):
+                rounded[i] = BF16(result[i])
+            cute.autovec_copy(rounded, vector(out.iterator, I64(token) * spec.hidden_size + column))

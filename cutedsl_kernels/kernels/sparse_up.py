@@ -1,0 +1,167 @@
+"""sparse_up: the up product of the staged path over active neurons only.
+
+One CTA (one warp group) = one item and one block of 64 slots of its concatenated list (all tiles of the expert, in
+order of neurons):
+
+    1  prefix sum over the item's counts; blocks past the last active neuron leave
+    2  slot -> (tile, position) by binary search -> neuron; the list is also written out in one piece for sparse_down
+    3  u[s, t] = W_up[neuron of s, :] . x[t, :]                  gathered rows through the ring, each read once
+    4  h = a * r * transform(u), rounded to bf16, hidden[item, t, s]; 0 in the slots past the end of the block
+
+Grid: (tiles, max_items), fixed by T.
+"""
+
+from __future__ import annotations
+
+import cutlass
+import cutlass.cute as cute
+
+from .primitives import BF16, F32, I32, I64, SmemAllocator, transform_up
+from .staged_common import LINE, ROWS, THREADS, StagedSpec, load_item
+
+
+class SparseUp:
+    """active [max_items] int32 (active neurons of an item), slots [max_items, tiles * 64] int32 (their neurons),
+    hidden [max_items, token_block, tiles * 64] bf16."""
+
+    def __init__(self, spec: StagedSpec):
+        self.spec, self.ring = spec, spec.row_ring()
+
+    @cute.jit
+    def launch(
+        self,
+        tokens,
+        w13,
+        topk_weights,
+        items,
+        num_items,
+        sorted_pairs,
+        counts,
+        neurons,
+        gates,
+        active,
+        slots,
+        hidden,
+        stream,
+    ):
+        self.kernel(
+            tokens, w13, topk_weights, items, num_items, sorted_pairs, counts, neurons, gates, active, slots, hidden
+        ).launch(
+            grid=(self.spec.tiles, cute.size(items, mode=[0]), 1),
+            block=(THREADS, 1, 1),
+            stream=stream,
+            min_blocks_per_mp=2,
+            preferred_smem_carveout=100,
+        )
+
+    @cute.kernel
+    def kernel(
+        self,
+        tokens: cute.Tensor,
+        w13: cute.Tensor,
+        topk_weights: cute.Tensor,
+        items: cute.Tensor,
+        num_items: cute.Tensor,
+        sorted_pairs: cute.Tensor,
+        counts: cute.Tensor,
+        neurons: cute.Tensor,
+        gates: cute.Tensor,
+        active: cute.Tensor,
+        slots: cute.Tensor,
+        hidden: cute.Tensor,
+    ):
+        spec = self.spec
+        thread, _, _ = cute.arch.thread_idx()
+        block, item, _ = cute.arch.block_idx()
+        smem = SmemAllocator()
+        lines = self.ring.allocate(smem)
+        weights = smem.allocate_tensor(F32, cute.make_layout((spec.token_block,)), 16)
+        prefix = smem.allocate_tensor(I32, cute.make_layout((spec.tiles + 1,)), 16)
+        slot_position = smem.allocate_tensor(I32, cute.make_layout((ROWS,)), 16)
+        slot_neuron = smem.allocate_tensor(I32, cute.make_layout((ROWS,)), 16)
+        if item < num_items[0]:
+            if thread < 32:
+                self.sum_counts(counts, item, prefix, thread)
+            cute.arch.sync_threads()
+            total = prefix[spec.tiles]
+            if block == 0 and thread == 0:
+                active[item] = total
+            if block * ROWS < total:
+                expert, start, num_tokens = items[item, 0], items[item, 1], items[item, 2]
+                b_rows = load_item(spec, self.ring, topk_weights, sorted_pairs, start, num_tokens, weights, thread)
+                list_base = I64(item) * spec.capacity
+                if thread < ROWS:
+                    slot = block * ROWS + thread
+                    neuron = I32(-1)
+                    position = I32(0)
+                    if slot < total:
+                        position = self.position_of_slot(prefix, slot)
+                        neuron = (neurons.iterator + (list_base + position)).load()
+                        (slots.iterator + (list_base + slot)).store(neuron)
+                    slot_position[thread] = position
+                    slot_neuron[thread] = neuron
+                cute.arch.sync_threads()
+                a_rows = cute.make_rmem_tensor((4,), I32)
+                for i in cutlass.range_constexpr(4):
+                    a_rows[i] = slot_neuron[thread // 8 + i * 16]
+                base = (I64(expert) * 2 + 1) * (spec.intermediate_size * spec.hidden_size)
+                acc = self.ring.accumulators()
+                self.ring.product_of_rows(
+                    lines,
+                    w13.iterator + cute.assume(base, divby=LINE),
+                    a_rows,
+                    tokens.iterator,
+                    b_rows,
+                    acc,
+                    thread,
+                    spec.hidden_size,
+                )
+                lane, warp = thread % 32, cute.arch.make_warp_uniform(thread // 32)
+                gate = cute.make_rmem_tensor((2,), F32)
+                for h in cutlass.range_constexpr(2):
+                    row = warp * 16 + lane // 4 + 8 * h
+                    slot = block * ROWS + row
+                    source = (list_base + slot_position[row]) * spec.token_block + 2 * (lane % 4)
+                    source = gates.iterator + cute.assume(source, divby=2)
+                    for j in cutlass.range_constexpr(spec.token_block // 8):
+                        gate.fill(0.0)
+                        if slot < total:
+                            cute.autovec_copy(cute.make_tensor(source + 8 * j, cute.make_layout((2,))), gate)
+                        for c in cutlass.range_constexpr(2):
+                            t = 8 * j + 2 * (lane % 4) + c
+                            u = transform_up(acc[(c, h, j), 0], spec.activation)
+                            if t < num_tokens:
+                                h_value = BF16(gate[c] * u) if slot < total else BF16(0.0)
+                                target = (I64(item) * spec.token_block + t) * spec.capacity + slot
+                                (hidden.iterator + target).store(h_value)
+
+    @cute.jit
+    def sum_counts(self, counts, item, prefix, lane):
+        """One warp: prefix[tile] = active neurons before the tile, prefix[tiles] = all."""
+        tiles = self.spec.tiles
+        carried = I32(0)
+        for i in cutlass.range_constexpr((tiles + 31) // 32):
+            tile = i * 32 + lane
+            count = I32(0)
+            if tile < tiles:
+                count = counts[item, tile]
+            total = count
+            for step in cutlass.range_constexpr(5):
+                other = cute.arch.shuffle_sync_up(total, 1 << step, mask_and_clamp=0)
+                total += other if lane >= (1 << step) else I32(0)
+            if tile < tiles:
+                prefix[tile + 1] = carried + total
+            carried += cute.arch.shuffle_sync(total, 31)
+        if lane == 0:
+            prefix[0] = 0
+
+    @cute.jit
+    def position_of_slot(self, prefix, slot):
+        """Position in the per-tile lists: the last tile with prefix <= slot, found by halving."""
+        tiles = self.spec.tiles
+        tile = I32(0)
+        for bit in cutlass.range_constexpr((tiles - 1).bit_length()):
+            candidate = tile + (1 << ((tiles - 1).bit_length() - 1 - bit))
+            if candidate < tiles and prefix[candidate] <= slot:
+                tile = candidate
+        return tile * ROWS + (slot - prefix[tile])
