@@ -23,7 +23,7 @@ WORKING_REGISTERS = 56  # of an up/down thread besides its sums
 
 
 TOKEN_BLOCK = 8  # tokens of one expert that the fused kernel handles at once
-LIST_QUEUE = 2  # compacted tiles between the fused kernel's gate warps and its up/down warps
+LIST_QUEUE = 4  # compacted tiles between the fused kernel's gate warps and its up/down warps
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,39 @@
+"""Warp-level compaction: predicates -> ballot -> popc prefix -> a dense list of the active ones, in order.
+
+The list has room for every candidate (capacity = tile size), so nothing can overflow, and slots follow the order of the
+candidates, so the result does not depend on timing.
+"""
+
+from __future__ import annotations
+
+import cutlass
+import cutlass.cute as cute
+
+from .primitives import I32, U32
+
+
+@cute.jit
+def rank_in_warp(predicate: cutlass.Boolean) -> tuple[cutlass.Int32, cutlass.Int32]:
+    """(lanes below this one with the predicate set, lanes of the warp with it set). Warp-uniform call."""
+    votes = U32(cute.arch.vote_ballot_sync(predicate))
+    below = votes & U32(cute.arch.lanemask_lt())
+    return I32(cute.arch.popc(below)), I32(cute.arch.popc(votes))
+
+
+@cute.jit
+def any_in_group(predicate: cutlass.Boolean, lane: cutlass.Int32, group: cutlass.Constexpr) -> cutlass.Boolean:
+    """True in all lanes of an aligned group of ``group`` (a power of two) lanes if any of them sets the predicate."""
+    votes = U32(cute.arch.vote_ballot_sync(predicate))
+    mask = U32((1 << group) - 1) << U32(lane & ~(group - 1))
+    return (votes & mask) != 0
+
+
+@cute.jit
+def offset_of_warp(counts: cute.Tensor, warp: cutlass.Int32, num_warps: cutlass.Constexpr):
+    """(entries of the warps before ``warp``, entries of all) from counts [num_warps] in shared memory."""
+    before, total = I32(0), I32(0)
+    for w in cutlass.range_constexpr(num_warps):
+        count = counts[w]
+        before += count if w < warp else I32(0)
+        total += count
+    return before, total

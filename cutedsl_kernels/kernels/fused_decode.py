@@ -1,0 +1,626 @@
+"""fused_decode: the routed experts of a small batch in one launch: gate, threshold, compaction, up, down, sum, cast.
+
+Work and order
+--------------
+A *block* is up to 8 pairs (tokens) of one expert; an *item* is one block times one tile of ``tile_neurons`` neurons. Items
+are numbered block by block, and CTA c of a persistent grid (one CTA per SM) takes an equal, contiguous share of them:
+tiles of one block mostly stay on one CTA, which then adds to the output once per block instead of once per tile.
+
+One CTA, four roles that run side by side and meet only at mbarriers:
+
+* gate producer (1 warp): one bulk copy per row; the tokens' x rows when the block changes, then the tile's gate rows, into
+  the gate ring (``gate_stages`` x 16 rows).
+* gate warps: x as B fragments in registers, K split over the warps, mma.m16n8k16 with 16 gate rows as M and 8 tokens as N;
+  partial sums meet in shared memory; a = act(g), |a| * r against tau; ballot and prefix sums compact the union of the
+  tokens' active neurons into a list, which goes to a short queue with a * r of every (slot, token).
+* row producer (1 warp): one bulk copy per *active* row: up rows, then down rows, in chunks of 8, into the row ring.
+* up/down warps: hidden dimension split over the warps. u = x . up rows (as above), h = a * u * r in bf16, then
+  y[column, token] += down rows^T . h by ldmatrix.trans and mma.m16n8k8, kept in registers until the block ends and then
+  added to the fp32 sums by red.global.add.
+
+So gate rows of later tiles stream in while earlier tiles' active rows are fetched and used: memory never waits for the
+phases of one tile. Rows are padded by 16 bytes in shared memory, which makes every ldmatrix free of bank conflicts.
+
+Sum and cast: ``accum`` [T, H] fp32 is zero on entry. After adding to a token's row a CTA adds the number of its items to
+``counters[token]``; the one that completes the count (pairs of the token x tiles) casts the row to bf16, and leaves
+accum and counters zero for the next launch. No CTA ever waits for another one.
+
+Bytes from HBM: per block of m <= 8 tokens 2H (I + 2 |union of active neurons|), x and y besides. An expert with more than
+8 tokens has several blocks; their second reading of the gate rows comes from L2, since they are neighbours in the order.
+"""
+
+from __future__ import annotations
+
+import cuda.bindings.driver as cuda
+import cutlass
+import cutlass.cute as cute
+
+from ..configs import LIST_QUEUE, TOKEN_BLOCK, FusedConfig
+from .compaction import any_in_group, offset_of_warp
+from .primitives import (
+    BF16,
+    F32,
+    I32,
+    I64,
+    U32,
+    SmemAllocator,
+    activate_gate,
+    bulk_row_copy,
+    load_matrices,
+    mma_16x8x8,
+    mma_16x8x16,
+    reduce_add,
+    transform_up,
+    vector,
+)
+from .routing import PairTable
+
+GATE_BARRIER, ROW_BARRIER = 1, 2  # named barriers; 0 is the CTA's
+SLOTS = 8  # K of the down MMA: active rows that one pass of it takes at most
+TOKENS = TOKEN_BLOCK  # the N of the MMAs
+
+
+class FusedDecode:
+    """Compile-time description of one instance; ``__call__`` launches it.
+
+    hidden_size: a multiple of 64. num_experts: local experts. Weights and activations bf16, sums fp32.
+    """
+
+    def __init__(
+        self,
+        *,
+        hidden_size: int,
+        intermediate_size: int,
+        num_experts: int,
+        top_k: int,
+        config: FusedConfig,
+        activation: str = "silu",
+        router_weighted: bool = True,
+        weight_on_input: bool = False,
+        has_expert_map: bool = False,
+    ):
+        self.H, self.I, self.E, self.top_k = hidden_size, intermediate_size, num_experts, top_k
+        self.config, self.activation = config, activation
+        self.router_weighted, self.weight_on_input = router_weighted, weight_on_input
+        self.table = PairTable(num_experts, top_k, config.max_pairs, TOKENS, has_expert_map)
+        self.NT = config.tile_neurons
+        self.tiles = -(-intermediate_size // self.NT)
+        self.gate_warps, self.row_warps = config.gate_warps, config.updown_warps
+        self.gate_stages, self.stage_rows = config.gate_stages, config.stage_rows
+        self.row_stages, self.chunk = config.row_stages, config.chunk_rows
+        self.warps = self.gate_warps + self.row_warps + 2
+        self.threads = 32 * self.warps
+        self.units = hidden_size // 32  # one ldmatrix.x4 of x covers 32 columns
+        self.gate_units = -(-self.units // self.gate_warps)
+        self.row_units = -(-self.units // self.row_warps)
+        self.pitch = hidden_size + 8  # elements of a padded row in shared memory
+        self.keep_sums = bool(config.keep_sums)
+
+    @cute.jit
+    def __call__(
+        self,
+        hidden_states: cute.Tensor,
+        w13: cute.Tensor,
+        w2_rows: cute.Tensor,
+        thresholds: cute.Tensor,
+        topk_ids: cute.Tensor,
+        topk_weights: cute.Tensor,
+        expert_map: cute.Tensor,
+        accum: cute.Tensor,
+        counters: cute.Tensor,
+        out: cute.Tensor,
+        pair_threshold: cutlass.Float32,
+        num_ctas: cutlass.Int32,
+        stream: cuda.CUstream,
+    ):
+        """hidden_states [T, H] bf16, w13 [E, 2I, H] bf16, w2_rows [E, I, H] bf16, thresholds [E, I] fp32, topk_ids [T, k]
+        int32, topk_weights [T, k] fp32, expert_map [E_global] int32 (unused without has_expert_map), accum [>= T, H] fp32
+        and counters [>= T] int32, zero on entry and on exit, out [T, H] bf16."""
+        self.kernel(
+            hidden_states,
+            w13,
+            w2_rows,
+            thresholds,
+            topk_ids,
+            topk_weights,
+            expert_map,
+            accum,
+            counters,
+            out,
+            pair_threshold,
+        ).launch(grid=(num_ctas, 1, 1), block=(self.threads, 1, 1), stream=stream, min_blocks_per_mp=1)
+
+    # ---- one CTA -----------------------------------------------------------------------------------------------------
+
+    @cute.kernel
+    def kernel(
+        self,
+        x: cute.Tensor,
+        w13: cute.Tensor,
+        w2_rows: cute.Tensor,
+        thresholds: cute.Tensor,
+        topk_ids: cute.Tensor,
+        topk_weights: cute.Tensor,
+        expert_map: cute.Tensor,
+        accum: cute.Tensor,
+        counters: cute.Tensor,
+        out: cute.Tensor,
+        pair_threshold: cutlass.Float32,
+    ):
+        thread, _, _ = cute.arch.thread_idx()
+        cta, _, _ = cute.arch.block_idx()
+        num_ctas, _, _ = cute.arch.grid_dim()
+        lane = thread % 32
+        warp = cute.arch.make_warp_uniform(thread // 32)
+        num_pairs = cute.size(topk_ids)
+
+        smem = SmemAllocator()
+        gate_ring = self.matrix(smem, BF16, self.gate_stages * self.stage_rows, self.pitch)
+        row_ring = self.matrix(smem, BF16, self.row_stages * self.chunk, self.pitch)
+        gate_sums = self.matrix(smem, F32, self.gate_warps * self.NT, TOKENS)
+        up_sums = self.matrix(smem, F32, self.row_warps * SLOTS, TOKENS)
+        coefficients = self.matrix(smem, F32, LIST_QUEUE * self.NT, TOKENS)  # a * r, 0 where inactive
+        products = self.matrix(smem, BF16, TOKENS, SLOTS)  # h
+        lists = self.matrix(smem, I32, LIST_QUEUE, self.NT)
+        list_size = smem.allocate_tensor(I32, cute.make_layout((LIST_QUEUE,)), 16)
+        warp_counts = smem.allocate_tensor(I32, cute.make_layout((self.gate_warps,)), 16)
+        complete = smem.allocate_tensor(I32, cute.make_layout((TOKENS,)), 16)
+        all_tokens = self.matrix(smem, I32, self.warps, TOKENS)
+        all_weights = self.matrix(smem, F32, self.warps, TOKENS)
+        pair_expert, first_block = self.table.allocate(smem)
+        barriers = smem.allocate_tensor(
+            I64, cute.make_layout((2 * (self.gate_stages + self.row_stages + LIST_QUEUE),)), 16
+        ).iterator
+        gate_full, gate_empty = barriers, barriers + self.gate_stages
+        row_full = gate_empty + self.gate_stages
+        row_empty = row_full + self.row_stages
+        list_full = row_empty + self.row_stages
+        list_empty = list_full + LIST_QUEUE
+        if thread == 0:
+            for s in cutlass.range_constexpr(self.gate_stages):
+                cute.arch.mbarrier_init(gate_full + s, 1)
+                cute.arch.mbarrier_init(gate_empty + s, self.gate_warps)
+            for s in cutlass.range_constexpr(self.row_stages):
+                cute.arch.mbarrier_init(row_full + s, 1)
+                cute.arch.mbarrier_init(row_empty + s, self.row_warps)
+            for s in cutlass.range_constexpr(LIST_QUEUE):
+                cute.arch.mbarrier_init(list_full + s, self.gate_warps)
+                cute.arch.mbarrier_init(list_empty + s, self.row_warps + 1)
+            cute.arch.mbarrier_init_fence()
+        self.table.build(
+            topk_ids, topk_weights, expert_map, pair_threshold, pair_expert, first_block, thread, self.threads
+        )
+        self.clear_unrouted(pair_expert, out, thread, cta, num_ctas)
+
+        items = first_block[self.E] * self.tiles
+        first = I32(U32(items) * U32(cta) // U32(num_ctas))
+        last = I32(U32(items) * U32(cta + 1) // U32(num_ctas))
+        tokens = cute.make_tensor(all_tokens.iterator + warp * TOKENS, cute.make_layout((TOKENS,)))
+        weights = cute.make_tensor(all_weights.iterator + warp * TOKENS, cute.make_layout((TOKENS,)))
+        block_of = (num_pairs, topk_weights, pair_expert, first_block, tokens, weights, lane)
+        if warp < self.gate_warps:
+            self.gate_role(
+                first, last, block_of, thread, warp, gate_ring, gate_full, gate_empty, gate_sums, thresholds,
+                warp_counts, coefficients, lists, list_size, list_full, list_empty,
+            )  # fmt: skip
+        elif warp < self.gate_warps + self.row_warps:
+            self.up_down_role(
+                first, last, block_of, thread - 32 * self.gate_warps, warp - self.gate_warps, row_ring, row_full,
+                row_empty, up_sums, products, coefficients, list_size, list_full, list_empty, accum, counters, out,
+                complete,
+            )  # fmt: skip
+        elif warp == self.gate_warps + self.row_warps:
+            self.gate_producer(first, last, block_of, x, w13, gate_ring, gate_full, gate_empty)
+        else:
+            self.row_producer(
+                first, last, block_of, x, w13, w2_rows, row_ring, row_full, row_empty, lists, list_size, list_full,
+                list_empty,
+            )  # fmt: skip
+
+    def matrix(self, smem, dtype, rows: int, columns: int):
+        return smem.allocate_tensor(dtype, cute.make_layout((rows, columns), stride=(columns, 1)), 128)
+
+    @cute.jit
+    def clear_unrouted(self, pair_expert, out, thread, cta, num_ctas):
+        """Zeros for tokens that no pair computes here."""
+        for token in cutlass.range(cta, cute.size(out, mode=[0]), num_ctas, unroll=1):
+            if self.table.pairs_of_token(token, pair_expert) == 0:
+                for column in cutlass.range(thread, self.H, self.threads, unroll=1):
+                    out[token, column] = BF16(0.0)
+
+    @cute.jit
+    def find_block(self, block, block_of, with_weights: cutlass.Constexpr):
+        """(expert, pairs in the block); fills this warp's tokens and, if asked, weights."""
+        num_pairs, topk_weights, pair_expert, first_block, tokens, weights, lane = block_of
+        expert = self.table.expert_of_block(block, first_block, lane)
+        rank = (block - first_block[expert]) * TOKENS
+        count = self.table.pairs_of_block(
+            expert, rank, num_pairs, topk_weights, pair_expert, tokens, weights, lane, with_weights
+        )
+        return expert, count
+
+    # ---- producers ---------------------------------------------------------------------------------------------------
+
+    @cute.jit
+    def copy_rows(self, source, row, rows, ring, stage, stage_rows: cutlass.Constexpr, full, empty, phase, lane):
+        """Waits until a stage is free, then copies ``rows`` rows into it; lane i copies the row at element offset ``row``."""
+        cute.arch.mbarrier_wait(empty + stage, phase ^ 1)
+        if lane == 0:
+            cute.arch.mbarrier_arrive_and_expect_tx(full + stage, rows * (2 * self.H))
+        cute.arch.sync_warp()
+        if lane < rows:
+            target = vector(ring.iterator, (stage * stage_rows + lane) * self.pitch, self.H)
+            cute.copy(bulk_row_copy(self.H), vector(source, row, self.H), target, mbar_ptr=full + stage)
+
+    @cute.jit
+    def gate_producer(self, first, last, block_of, x, w13, ring, full, empty):
+        tokens, lane = block_of[4], block_of[6]
+        stage, phase = I32(0), I32(0)
+        current, expert, count = I32(-1), I32(0), I32(0)
+        for item in cutlass.range(first, last, unroll=1):
+            block = I32(U32(item) // self.tiles)
+            if block != current:
+                current = block
+                expert, count = self.find_block(block, block_of, False)
+                row = I64(tokens[cutlass.min(lane, count - 1)]) * self.H
+                self.copy_rows(x.iterator, row, count, ring, stage, self.stage_rows, full, empty, phase, lane)
+                stage, phase = self.advance(stage, phase, self.gate_stages)
+            neuron = (item - block * self.tiles) * self.NT
+            for _ in cutlass.range(self.stages_of_tile(neuron), unroll=1):
+                rows = cutlass.min(I32(self.stage_rows), self.I - neuron)
+                row = (I64(expert) * (2 * self.I) + I64(neuron + lane)) * self.H
+                self.copy_rows(w13.iterator, row, rows, ring, stage, self.stage_rows, full, empty, phase, lane)
+                stage, phase = self.advance(stage, phase, self.gate_stages)
+                neuron += self.stage_rows
+
+    @cute.jit
+    def row_producer(
+        self, first, last, block_of, x, w13, w2_rows, ring, full, empty, lists, list_size, list_full, list_empty
+    ):
+        tokens, lane = block_of[4], block_of[6]
+        stage, phase = I32(0), I32(0)
+        slot, slot_phase = I32(0), I32(0)
+        current, expert, count = I32(-1), I32(0), I32(0)
+        for item in cutlass.range(first, last, unroll=1):
+            block = I32(U32(item) // self.tiles)
+            if block != current:
+                current = block
+                expert, count = self.find_block(block, block_of, False)
+                for start in cutlass.range(0, count, self.chunk, unroll=1):
+                    rows = cutlass.min(I32(self.chunk), count - start)
+                    row = I64(tokens[start + cutlass.min(lane, rows - 1)]) * self.H
+                    self.copy_rows(x.iterator, row, rows, ring, stage, self.chunk, full, empty, phase, lane)
+                    stage, phase = self.advance(stage, phase, self.row_stages)
+            cute.arch.mbarrier_wait(list_full + slot, slot_phase)
+            active = list_size[slot]
+            for start in cutlass.range(0, active, self.chunk, unroll=1):
+                rows = cutlass.min(I32(self.chunk), active - start)
+                neuron = lists[slot, start + cutlass.min(lane, rows - 1)]
+                up = (I64(expert) * (2 * self.I) + I64(neuron + self.I)) * self.H
+                self.copy_rows(w13.iterator, up, rows, ring, stage, self.chunk, full, empty, phase, lane)
+                stage, phase = self.advance(stage, phase, self.row_stages)
+                down = (I64(expert) * self.I + I64(neuron)) * self.H
+                self.copy_rows(w2_rows.iterator, down, rows, ring, stage, self.chunk, full, empty, phase, lane)
+                stage, phase = self.advance(stage, phase, self.row_stages)
+            cute.arch.sync_warp()
+            if lane == 0:
+                cute.arch.mbarrier_arrive(list_empty + slot)
+            slot, slot_phase = self.advance(slot, slot_phase, LIST_QUEUE)
+
+    @cute.jit
+    def advance(self, stage, phase, stages: cutlass.Constexpr):
+        following = stage + 1
+        wrapped = following == stages
+        return (I32(0) if wrapped else following), (phase ^ 1 if wrapped else phase)
+
+    @cute.jit
+    def stages_of_tile(self, neuron):
+        """Gate stages of the tile that starts at ``neuron``; the last tile may be short."""
+        rows = cutlass.min(I32(self.NT), self.I - neuron)
+        return (rows + (self.stage_rows - 1)) // self.stage_rows
+
+    # ---- fragments ---------------------------------------------------------------------------------------------------
+
+    @cute.jit
+    def load_x(self, ring, row, count, warp, lane, units: cutlass.Constexpr, weights, fragments):
+        """x rows -> B fragments [8, units]: 32 columns a unit, token lane // 4.
+
+        ``row``: where this lane finds token lane % 8 in the ring, or the last token's row past ``count``.
+        """
+        load = load_matrices(False)
+        for u in cutlass.range_constexpr(units):
+            unit = warp * units + u
+            column = cutlass.min(unit, I32(self.units - 1)) * 32 + (lane >> 3) * 8
+            cute.copy(load, vector(ring.iterator, row * self.pitch + column), fragments[None, u])
+            if cutlass.const_expr(self.units % units != 0):
+                if unit >= self.units:
+                    for i in cutlass.range_constexpr(8):
+                        fragments[i, u] = BF16(0.0)
+        if cutlass.const_expr(self.weight_on_input):
+            weight = weights[cutlass.min(lane // 4, count - 1)]
+            for u in cutlass.range_constexpr(units):
+                for i in cutlass.range_constexpr(8):
+                    fragments[i, u] = BF16(F32(fragments[i, u]) * weight)
+
+    @cute.jit
+    def rows_times_x(self, ring, stage_row, row_of_lane, warp, lane, units: cutlass.Constexpr, x, sums):
+        """sums [4, 1, 2] += rows . x for the warp's share of the hidden dimension; two chains of MMAs.
+
+        ``row_of_lane`` is the row of the stage whose address this lane gives to ldmatrix.
+        """
+        load, mma = load_matrices(False), mma_16x8x16()
+        address = (stage_row + row_of_lane) * self.pitch + (lane >> 4) * 8
+        for u in cutlass.range_constexpr(units):
+            unit = warp * units + u
+            if cutlass.const_expr(self.units % units != 0):
+                unit = cutlass.min(unit, I32(self.units - 1))
+            for half in cutlass.range_constexpr(2):
+                rows = cute.make_rmem_tensor((8,), BF16)
+                cute.copy(load, vector(ring.iterator, address + unit * 32 + half * 16), rows)
+                a = cute.make_tensor(rows.iterator, cute.make_layout(((2, 2, 2), 1), stride=((1, 2, 4), 0)))
+                b = cute.make_tensor(x[None, u].iterator + 4 * half, cute.make_layout((4, 1), stride=(1, 0)))
+                c = cute.make_tensor(sums.iterator + 4 * half, cute.make_layout((4, 1, 1), stride=(1, 0, 0)))
+                cute.gemm(mma, c, a, b, c)
+
+    # ---- gate warps --------------------------------------------------------------------------------------------------
+
+    @cute.jit
+    def gate_role(
+        self, first, last, block_of, thread, warp, ring, full, empty, partial, thresholds, warp_counts, coefficients,
+        lists, list_size, list_full, list_empty,
+    ):  # fmt: skip
+        tokens, weights, lane = block_of[4], block_of[5], block_of[6]
+        threads = 32 * self.gate_warps
+        per_warp = self.NT // self.gate_warps  # neurons whose sums one warp finishes
+        rounds = per_warp // 4
+        stage, phase = I32(0), I32(0)
+        slot, slot_phase = I32(0), I32(0)
+        current, expert, count = I32(-1), I32(0), I32(0)
+        x = cute.make_rmem_tensor((8, self.gate_units), BF16)
+        row_of_lane = lane % self.stage_rows if cutlass.const_expr(self.stage_rows == 16) else lane & 7
+        token = lane % 8
+        for item in cutlass.range(first, last, unroll=1):
+            block = I32(U32(item) // self.tiles)
+            if block != current:
+                current = block
+                expert, count = self.find_block(block, block_of, True)
+                cute.arch.mbarrier_wait(full + stage, phase)
+                row = stage * self.stage_rows + cutlass.min(lane & 7, count - 1)
+                self.load_x(ring, row, count, warp, lane, self.gate_units, weights, x)
+                self.release(empty + stage, lane)
+                stage, phase = self.advance(stage, phase, self.gate_stages)
+            neuron0 = (item - block * self.tiles) * self.NT
+            tau = cute.make_rmem_tensor((rounds,), F32)
+            for i in cutlass.range_constexpr(rounds):
+                neuron = neuron0 + warp * per_warp + i * 4 + lane // 8
+                tau[i] = thresholds[expert, cutlass.min(neuron, I32(self.I - 1))]
+            for g in cutlass.range(self.stages_of_tile(neuron0), unroll=1):
+                rows = cutlass.min(I32(self.stage_rows), self.I - (neuron0 + g * self.stage_rows))
+                sums = cute.make_rmem_tensor((4, 1, 2), F32)
+                sums.fill(0.0)
+                cute.arch.mbarrier_wait(full + stage, phase)
+                source_row = row_of_lane
+                if cutlass.const_expr(self.I % self.stage_rows != 0):
+                    source_row = cutlass.min(row_of_lane, rows - 1)
+                self.rows_times_x(ring, stage * self.stage_rows, source_row, warp, lane, self.gate_units, x, sums)
+                self.release(empty + stage, lane)
+                stage, phase = self.advance(stage, phase, self.gate_stages)
+                for h in cutlass.range_constexpr(self.stage_rows // 8):
+                    row = warp * self.NT + g * self.stage_rows + lane // 4 + 8 * h
+                    for c in cutlass.range_constexpr(2):
+                        partial[row, (lane % 4) * 2 + c] = sums[2 * h + c, 0, 0] + sums[2 * h + c, 0, 1]
+            cute.arch.barrier(barrier_id=GATE_BARRIER, number_of_threads=threads)
+            # Every warp finishes its own neurons: 4 neurons x 8 tokens a round.
+            a = cute.make_rmem_tensor((rounds,), F32)
+            leads = cute.make_rmem_tensor((rounds,), cutlass.Boolean)
+            ranks = cute.make_rmem_tensor((rounds,), I32)
+            in_warp = I32(0)
+            weight = F32(0.0)
+            if token < count:
+                weight = weights[token]
+            for i in cutlass.range_constexpr(rounds):
+                row = warp * per_warp + i * 4 + lane // 8
+                real = token < count and neuron0 + row < self.I
+                gate = F32(0.0)
+                if real:
+                    for w in cutlass.range_constexpr(self.gate_warps):
+                        gate += partial[w * self.NT + row, token]
+                value = activate_gate(gate, self.activation)
+                score = cutlass.max(value, -value)
+                if cutlass.const_expr(self.router_weighted):
+                    score = score * weight
+                keep = real and not (score < tau[i])
+                if cutlass.const_expr(not self.weight_on_input):
+                    value = value * weight
+                a[i] = value if keep else F32(0.0)
+                active = any_in_group(keep, lane, 8)
+                leads[i] = active
+                leader = active and token == 0
+                votes = U32(cute.arch.vote_ballot_sync(leader))
+                group_start = U32(lane & 24)
+                ranks[i] = in_warp + I32(cute.arch.popc(votes & ((U32(1) << group_start) - 1)))
+                in_warp += I32(cute.arch.popc(votes))
+            if lane == 0:
+                warp_counts[warp] = in_warp
+            cute.arch.barrier(barrier_id=GATE_BARRIER, number_of_threads=threads)
+            before, total = offset_of_warp(warp_counts, warp, self.gate_warps)
+            cute.arch.mbarrier_wait(list_empty + slot, slot_phase ^ 1)
+            for i in cutlass.range_constexpr(rounds):
+                if leads[i]:
+                    position = before + ranks[i]
+                    coefficients[slot * self.NT + position, token] = a[i]
+                    if token == 0:
+                        lists[slot, position] = neuron0 + warp * per_warp + i * 4 + lane // 8
+            if thread == 0:
+                list_size[slot] = total
+            self.release(list_full + slot, lane)
+            slot, slot_phase = self.advance(slot, slot_phase, LIST_QUEUE)
+
+    @cute.jit
+    def release(self, barrier, lane):
+        """One arrival for the whole warp, after all of its lanes are done."""
+        cute.arch.sync_warp()
+        if lane == 0:
+            cute.arch.mbarrier_arrive(barrier)
+
+    # ---- up and down warps -------------------------------------------------------------------------------------------
+
+    @cute.jit
+    def up_down_role(
+        self, first, last, block_of, thread, warp, ring, full, empty, up_sums, products, coefficients, list_size,
+        list_full, list_empty, accum, counters, out, complete,
+    ):  # fmt: skip
+        tokens, weights, lane = block_of[4], block_of[5], block_of[6]
+        stage, phase = I32(0), I32(0)
+        slot, slot_phase = I32(0), I32(0)
+        current, expert, count, tiles_done = I32(-1), I32(0), I32(0), I32(0)
+        x = cute.make_rmem_tensor((8, self.row_units), BF16)
+        sums = cute.make_rmem_tensor((4, 2, self.row_units), F32)
+        sums.fill(0.0)
+        for item in cutlass.range(first, last, unroll=1):
+            block = I32(U32(item) // self.tiles)
+            if block != current:
+                if tiles_done > 0:
+                    self.add_to_output(sums, tokens, count, thread, warp, lane, accum)
+                    self.finish_tokens(tokens, count, tiles_done, block_of[2], thread, accum, counters, out, complete)
+                    tiles_done = I32(0)
+                current = block
+                expert, count = self.find_block(block, block_of, self.weight_on_input)
+                stage, phase = self.receive_x(ring, full, empty, stage, phase, count, warp, lane, weights, x)
+            cute.arch.mbarrier_wait(list_full + slot, slot_phase)
+            active = list_size[slot]
+            for start in cutlass.range(0, active, self.chunk, unroll=1):
+                rows = cutlass.min(I32(self.chunk), active - start)
+                cute.arch.mbarrier_wait(full + stage, phase)
+                self.up_chunk(ring, stage * self.chunk, rows, thread, warp, lane, x, up_sums)
+                self.release(empty + stage, lane)
+                stage, phase = self.advance(stage, phase, self.row_stages)
+                self.multiply(slot * self.NT + start, rows, thread, up_sums, coefficients, products)
+                cute.arch.mbarrier_wait(full + stage, phase)
+                self.down_chunk(ring, stage * self.chunk, rows, warp, lane, products, sums)
+                self.release(empty + stage, lane)
+                stage, phase = self.advance(stage, phase, self.row_stages)
+                if cutlass.const_expr(not self.keep_sums):
+                    self.add_to_output(sums, tokens, count, thread, warp, lane, accum)
+            self.release(list_empty + slot, lane)
+            slot, slot_phase = self.advance(slot, slot_phase, LIST_QUEUE)
+            tiles_done += 1
+        if tiles_done > 0:
+            self.add_to_output(sums, tokens, count, thread, warp, lane, accum)
+            self.finish_tokens(tokens, count, tiles_done, block_of[2], thread, accum, counters, out, complete)
+
+    @cute.jit
+    def receive_x(self, ring, full, empty, stage, phase, count, warp, lane, weights, x):
+        """x fragments from as many stages of the row ring as ``count`` tokens take; returns the next stage and phase."""
+        token = cutlass.min(lane & 7, count - 1)
+        row = stage * self.chunk + token
+        cute.arch.mbarrier_wait(full + stage, phase)
+        if cutlass.const_expr(self.chunk == TOKENS):
+            self.load_x(ring, row, count, warp, lane, self.row_units, weights, x)
+            self.release(empty + stage, lane)
+        else:
+            second, second_phase = self.advance(stage, phase, self.row_stages)
+            if count > self.chunk:
+                cute.arch.mbarrier_wait(full + second, second_phase)
+                if token >= self.chunk:
+                    row = second * self.chunk + token - self.chunk
+            self.load_x(ring, row, count, warp, lane, self.row_units, weights, x)
+            self.release(empty + stage, lane)
+            if count > self.chunk:
+                self.release(empty + second, lane)
+                stage, phase = second, second_phase
+        return self.advance(stage, phase, self.row_stages)
+
+    @cute.jit
+    def up_chunk(self, ring, stage_row, rows, thread, warp, lane, x, up_sums):
+        """Partial u [SLOTS, TOKENS] of this warp's share of the hidden dimension -> up_sums."""
+        sums = cute.make_rmem_tensor((4, 1, 2), F32)
+        sums.fill(0.0)
+        row_of_lane = cutlass.min(lane & 7, rows - 1)  # rows 8..15 of the MMA repeat rows 0..7 and are not used
+        self.rows_times_x(ring, stage_row, row_of_lane, warp, lane, self.row_units, x, sums)
+        for c in cutlass.range_constexpr(2):
+            up_sums[warp * SLOTS + lane // 4, (lane % 4) * 2 + c] = sums[c, 0, 0] + sums[c, 0, 1]
+
+    @cute.jit
+    def multiply(self, first_slot, rows, thread, up_sums, coefficients, products):
+        """h [token, slot] = bf16(a * r * u), zero past the last active row. Two barriers of the up/down warps."""
+        threads = 32 * self.row_warps
+        cute.arch.barrier(barrier_id=ROW_BARRIER, number_of_threads=threads)
+        if thread < SLOTS * TOKENS:
+            position, token = thread // TOKENS, thread % TOKENS
+            h = F32(0.0)
+            if position < rows:
+                up = F32(0.0)
+                for w in cutlass.range_constexpr(self.row_warps):
+                    up += up_sums[w * SLOTS + position, token]
+                coefficient = coefficients[first_slot + position, token]
+                if coefficient != 0.0:
+                    h = coefficient * transform_up(up, self.activation)
+            products[token, position] = BF16(h)
+        cute.arch.barrier(barrier_id=ROW_BARRIER, number_of_threads=threads)
+
+    @cute.jit
+    def down_chunk(self, ring, stage_row, rows, warp, lane, products, sums):
+        """sums [4, 2, units] += down rows^T . h for the warp's columns; h of slots past ``rows`` is zero."""
+        load, mma = load_matrices(True), mma_16x8x8()
+        h = cute.make_rmem_tensor((2,), BF16)
+        for c in cutlass.range_constexpr(2):
+            h[c] = products[lane // 4, (lane % 4) * 2 + c]
+        b = cute.make_tensor(h.iterator, cute.make_layout((2, 1), stride=(1, 0)))
+        address = (stage_row + cutlass.min(lane & 7, rows - 1)) * self.pitch + (lane >> 3) * 8
+        for u in cutlass.range_constexpr(self.row_units):
+            unit = warp * self.row_units + u
+            if cutlass.const_expr(self.units % self.row_units != 0):
+                unit = cutlass.min(unit, I32(self.units - 1))
+            columns = cute.make_rmem_tensor((8,), BF16)
+            cute.copy(load, vector(ring.iterator, address + unit * 32), columns)
+            for half in cutlass.range_constexpr(2):
+                a = cute.make_tensor(columns.iterator + 4 * half, cute.make_layout(((2, 2), 1), stride=((1, 2), 0)))
+                c = cute.make_tensor(sums[None, half, u].iterator, cute.make_layout((4, 1, 1), stride=(1, 0, 0)))
+                cute.gemm(mma, c, a, b, c)
+
+    @cute.jit
+    def add_to_output(self, sums, tokens, count, thread, warp, lane, accum):
+        """Adds the block's sums to accum and clears them. Lane: tokens 2(lane % 4) + c, columns lane // 4 + 8 h."""
+        for c in cutlass.range_constexpr(2):
+            slot = (lane % 4) * 2 + c
+            if slot < count:
+                row = accum.iterator + I64(tokens[slot]) * self.H
+                for u in cutlass.range_constexpr(self.row_units):
+                    unit = warp * self.row_units + u
+                    if unit < self.units:
+                        for half in cutlass.range_constexpr(2):
+                            for h in cutlass.range_constexpr(2):
+                                column = unit * 32 + half * 16 + h * 8 + lane // 4
+                                reduce_add(row + column, sums[2 * h + c, half, u])
+        sums.fill(0.0)
+
+    @cute.jit
+    def finish_tokens(self, tokens, count, tiles_done, pair_expert, thread, accum, counters, out, complete):
+        """Counts the block's items for each of its tokens; whoever completes a token casts its row and clears it."""
+        threads = 32 * self.row_warps
+        cute.arch.fence_acq_rel_gpu()
+        cute.arch.barrier(barrier_id=ROW_BARRIER, number_of_threads=threads)
+        if thread < count:
+            token = tokens[thread]
+            expected = self.table.pairs_of_token(token, pair_expert) * self.tiles
+            done = cute.arch.atomic_add(counters.iterator + token, tiles_done, sem="acq_rel", scope="gpu")
+            complete[thread] = I32(1) if done + tiles_done == expected else I32(0)
+        cute.arch.barrier(barrier_id=ROW_BARRIER, number_of_threads=threads)
+        cute.arch.fence_acq_rel_gpu()
+        for slot in cutlass.range(count, unroll=1):
+            if complete[slot] != 0:
+                token = tokens[slot]
+                source = accum.iterator + I64(token) * self.H
+                target = out.iterator + I64(token) * self.H
+                for group in cutlass.range(thread, self.H // 4, threads, unroll=1):
+                    values = cute.make_rmem_tensor((4,), F32)
+                    cute.autovec_copy(vector(source, group * 4, 4, 4), values)
+                    cast = cute.make_rmem_tensor((4,), BF16)
+                    for i in cutlass.range_constexpr(4):
+                        cast[i] = BF16(values[i])
+                        values[i] = F32(0.0)
+                    cute.autovec_copy(cast, vector(target, group * 4, 4, 4))
+                    cute.autovec_copy(values, vector(source, group * 4, 4, 4))
+                if thread == 0:
+                    counters[token] = 0

@@ -1,0 +1,104 @@
+"""Building blocks shared by the kernels: 16-byte vectors, fragments of mma.sync, bulk row copies, activations.
+
+All functions run on the device. Fragment layouts: PTX ISA, "Matrix Fragments for mma.m16n8k8 / m16n8k16" and "ldmatrix".
+"""
+
+from __future__ import annotations
+
+import cutlass
+import cutlass.cute as cute
+from cutlass.cute.nvgpu import cpasync, warp
+
+try:
+    from cutlass.memory import SmemAllocator  # CuTe DSL 4.7 and later
+except ImportError:
+    from cutlass.utils import SmemAllocator
+
+BF16, F32, I32, U32, I64 = cutlass.BFloat16, cutlass.Float32, cutlass.Int32, cutlass.Uint32, cutlass.Int64
+LOG2_E = 1.4426950408889634
+
+__all__ = [
+    "BF16",
+    "F32",
+    "I32",
+    "I64",
+    "U32",
+    "SmemAllocator",
+    "activate_gate",
+    "bulk_row_copy",
+    "load_matrices",
+    "mma_16x8x8",
+    "mma_16x8x16",
+    "reduce_add",
+    "transform_up",
+    "vector",
+]
+
+
+def vector(pointer, offset, length=8, divby=8):
+    """``length`` contiguous elements at ``pointer + offset``; the offset is promised to divide by ``divby``."""
+    return cute.make_tensor(pointer + cute.assume(offset, divby=divby), cute.make_layout((length,)))
+
+
+def bulk_row_copy(elements: int):
+    """Copy atom for one contiguous bf16 row of ``elements``, global to shared memory, completing on an mbarrier."""
+    return cute.make_copy_atom(cpasync.CopyBulkG2SOp(), BF16, num_bits_per_copy=elements * 16)
+
+
+def load_matrices(transpose: bool):
+    """Copy atom of ldmatrix.x4: every lane names a 16-byte row, lanes 8i..8i+7 those of the i-th 8x8 matrix."""
+    return cute.make_copy_atom(warp.LdMatrix8x8x16bOp(transpose, 4), BF16)
+
+
+def mma_16x8x16():
+    return cute.make_mma_atom(warp.MmaF16BF16Op(BF16, F32, (16, 8, 16)))
+
+
+def mma_16x8x8():
+    return cute.make_mma_atom(warp.MmaF16BF16Op(BF16, F32, (16, 8, 8)))
+
+
+def reduce_add(pointer, value):
+    """red.global.add.f32: adds without returning the old value; order between CTAs is not defined."""
+    cute.arch.inline_ptx("red.global.add.f32 [{$r0}], {$r1};", read_only_args=[pointer.toint(), value])
+
+
+@cute.jit
+def sigmoid(value: cutlass.Float32) -> cutlass.Float32:
+    return cute.arch.rcp_approx(1.0 + cute.arch.exp2(value * (-LOG2_E)))
+
+
+@cute.jit
+def activate_gate(gate: cutlass.Float32, activation: cutlass.Constexpr) -> cutlass.Float32:
+    """act(g) as defined by reference.gate_activation.
+
+    gelu_tanh uses 0.5 * (1 + tanh z) = sigmoid(2 z); gelu uses erf by Abramowitz and Stegun 7.1.26 (error 1.5e-7).
+    """
+    result = F32(0.0)
+    if cutlass.const_expr(activation == "silu"):
+        result = gate * sigmoid(gate)
+    elif cutlass.const_expr(activation == "gelu_tanh"):
+        inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
+        result = gate * sigmoid(2.0 * inner)
+    elif cutlass.const_expr(activation == "gelu"):
+        z = gate * 0.7071067811865476
+        size = cutlass.max(z, -z)
+        t = cute.arch.rcp_approx(1.0 + 0.3275911 * size)
+        series = 1.421413741 + t * (-1.453152027 + t * 1.061405429)
+        series = t * (0.254829592 + t * (-0.284496736 + t * series))
+        tail = series * cute.arch.exp2(size * size * (-LOG2_E))
+        erf = 1.0 - tail
+        result = 0.5 * gate * (1.0 + (erf if z >= 0.0 else -erf))
+    else:
+        clamped = cutlass.min(gate, F32(7.0))
+        result = clamped * sigmoid(1.702 * clamped)
+    return result
+
+
+@cute.jit
+def transform_up(up: cutlass.Float32, activation: cutlass.Constexpr) -> cutlass.Float32:
+    """What multiplies act(g), as defined by reference.up_transform."""
+    result = up
+    if cutlass.const_expr(activation == "swigluoai"):
+        result = cutlass.max(cutlass.min(up, F32(7.0)), F32(-7.0)) + 1.0
+    return result
