@@ -92,7 +92,7 @@ def _fused_us(
     in_flight = rows * 2 * shape.hidden_size / IN_FLIGHT_BYTES
     covered = in_flight / (in_flight + 0.1)  # of the DRAM latency
     moved = layer_bytes(shape, num_tokens, sparsity, pair_skip)
-    per_expert = num_tokens * share / (1 - (1 - share) ** num_tokens) if share else 0.0
+    per_expert = num_tokens * share * shape.num_experts / experts if experts else 0.0
     blocks = max(1.0, per_expert / TOKEN_BLOCK)  # every further block of tokens reads the rows again from L2
     seconds_us = (moved.gate + moved.up_down) * (1 + 0.5 * (blocks - 1)) + moved.tokens
     per_item_us = 0.4  # routing scan, barriers, list: what a work item costs beside its bytes
