@@ -3,11 +3,12 @@
 A layer is observed as a stream of pairs (token, expert) with routing weight r and gate activations |a_i|.
 LayerHistogram keeps, in bounded memory and mergeable over batches and ranks,
 
-    pairs   [2048]      pairs by r
-    gate    [128, 1024] neurons by (r, |a|)
-    routed  [128, 1024] neurons by (r, |a| * r)
+    pairs   [1792]     pairs by r
+    gate    [112, 800] neurons by (r, |a|)
+    routed  [112, 800] neurons by (r, |a| * r)
 
-all in log-spaced bins. The second axis of the joint histograms is what makes pair skipping exact: neurons of pairs
+in log-spaced bins: every octave is cut into a power of two of equal parts, so that a value's bin is read off its
+fp32 bits. The second axis of the joint histograms is what makes pair skipping exact: neurons of pairs
 below rho count as inactive, so tau is a quantile over the neurons of the *remaining* pairs only. Under tensor
 parallelism every rank sees all pairs and its own neurons, under expert parallelism its own pairs: adding the ranks'
 histograms gives right shares in both cases.
@@ -15,7 +16,6 @@ histograms gives right shares in both cases.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,11 +28,11 @@ from .reference import gate_activation, local_experts
 from .sparsity import LayerTable, LayerThresholds
 from .weights import ExpertWeights
 
-ROUTING_BINS = 128
-PAIR_BINS = 2048  # a multiple of ROUTING_BINS: every coarse bin of r is a run of fine ones
-SCORE_BINS = 1024
-ROUTING_RANGE = (2.0**-24, 2.0**4)
-SCORE_RANGE = (2.0**-36, 2.0**14)
+SCORE_OCTAVES, SCORE_SPLIT = (-36, 14), 4  # bins from 2^-36 to 2^14, 2^4 to the octave
+ROUTING_OCTAVES, ROUTING_SPLIT, PAIR_SPLIT = (-24, 4), 2, 6
+SCORE_BINS = (SCORE_OCTAVES[1] - SCORE_OCTAVES[0]) << SCORE_SPLIT
+ROUTING_BINS = (ROUTING_OCTAVES[1] - ROUTING_OCTAVES[0]) << ROUTING_SPLIT
+PAIR_BINS = (ROUTING_OCTAVES[1] - ROUTING_OCTAVES[0]) << PAIR_SPLIT  # every coarse bin of r is a run of fine ones
 SCORES = ("gate", "gate-routed")
 DEFAULT_TARGETS = (*(round(0.05 * i, 2) for i in range(1, 20)), 0.97, 0.98, 0.99)
 _CHUNK_ELEMENTS = 1 << 22
@@ -67,16 +67,18 @@ def expert_activations(
             yield e, gate_activation(gate, activation).abs(), r
 
 
-def _bins(values: torch.Tensor, count: int, limits: tuple[float, float]) -> torch.Tensor:
-    """Log-spaced bin of each value, int64; bin 0 also takes what lies below, the last one what lies above."""
-    low, high = math.log2(limits[0]), math.log2(limits[1])
-    position = (torch.log2(values.clamp(min=limits[0])) - low) * (count / (high - low))
-    return position.nan_to_num(nan=count - 1).clamp(0, count - 1).long()
+def _bins(values: torch.Tensor, octaves: tuple[int, int], split: int) -> torch.Tensor:
+    """Bin of each fp32 value >= 0, int32; bin 0 also takes what lies below, the last one what lies above (and NaN)."""
+    bits = values.contiguous().view(torch.int32) >> (23 - split)
+    count = (octaves[1] - octaves[0]) << split
+    return (bits - ((octaves[0] + 127) << split)).clamp_(0, count - 1)
 
 
-def _edges(count: int, limits: tuple[float, float]) -> np.ndarray:
-    """fp64 [count + 1]; the first bin is taken to start at zero."""
-    edges = np.exp2(np.linspace(math.log2(limits[0]), math.log2(limits[1]), count + 1))
+def _edges(octaves: tuple[int, int], split: int) -> np.ndarray:
+    """fp64 [bins + 1]; the first bin is taken to start at zero."""
+    parts = 1 << split
+    steps = np.arange(((octaves[1] - octaves[0]) << split) + 1)
+    edges = np.exp2(octaves[0] + steps // parts) * (1 + (steps % parts) / parts)
     edges[0] = 0.0
     return edges
 
@@ -91,10 +93,10 @@ class LayerHistogram:
 
     def observe(self, magnitude: torch.Tensor, routing: torch.Tensor) -> None:
         """magnitude: |act(gate)| [m, I]; routing: r [m]; both fp32."""
-        self.pairs += torch.bincount(_bins(routing, PAIR_BINS, ROUTING_RANGE), minlength=PAIR_BINS)
-        row = _bins(routing, ROUTING_BINS, ROUTING_RANGE).unsqueeze(1) * SCORE_BINS
+        self.pairs += torch.bincount(_bins(routing, ROUTING_OCTAVES, PAIR_SPLIT), minlength=PAIR_BINS)
+        row = _bins(routing, ROUTING_OCTAVES, ROUTING_SPLIT).unsqueeze(1) * SCORE_BINS
         for joint, score in ((self.gate, magnitude), (self.routed, magnitude * routing.unsqueeze(1))):
-            flat = (row + _bins(score, SCORE_BINS, SCORE_RANGE)).flatten()
+            flat = (row + _bins(score, SCORE_OCTAVES, SCORE_SPLIT)).flatten()
             joint += torch.bincount(flat, minlength=joint.numel()).view_as(joint)
 
     def merge(self, other: LayerHistogram) -> None:
@@ -117,7 +119,7 @@ class LayerHistogram:
         _check_share("share of skipped pairs", share)
         if share == 0:
             return 0.0
-        return _quantile(self.pairs.cpu().numpy().astype(np.float64), _edges(PAIR_BINS, ROUTING_RANGE), share)
+        return _quantile(self.pairs.cpu().numpy().astype(np.float64), _edges(ROUTING_OCTAVES, PAIR_SPLIT), share)
 
     def thresholds(self, target: float, *, score: str = "gate-routed", skip_pairs: float = 0.0) -> LayerThresholds:
         """tau and rho for a target share of inactive neurons, neurons of skipped pairs counted as inactive.
@@ -140,13 +142,13 @@ class LayerHistogram:
         if inactive_wanted <= 0 or left <= 0:
             return LayerThresholds(0.0, rho)
         return LayerThresholds(
-            _quantile(remaining.sum(0), _edges(SCORE_BINS, SCORE_RANGE), min(1.0, inactive_wanted / left)), rho
+            _quantile(remaining.sum(0), _edges(SCORE_OCTAVES, SCORE_SPLIT), min(1.0, inactive_wanted / left)), rho
         )
 
     def _remaining(self, rho: float) -> np.ndarray:
         """Share of each coarse bin's pairs with r >= rho, fp64 [ROUTING_BINS]."""
         fine = self.pairs.cpu().numpy().astype(np.float64)
-        edges = _edges(PAIR_BINS, ROUTING_RANGE)
+        edges = _edges(ROUTING_OCTAVES, PAIR_SPLIT)
         kept = np.clip((edges[1:] - rho) / (edges[1:] - edges[:-1]), 0.0, 1.0) * fine
         coarse = fine.reshape(ROUTING_BINS, -1).sum(1)
         return np.divide(kept.reshape(ROUTING_BINS, -1).sum(1), coarse, out=np.ones(ROUTING_BINS), where=coarse > 0)

@@ -130,7 +130,7 @@ class SparseEngine:
     # Switching
 
     def set_target(self, target: float) -> None:
-        """The profile's thresholds for ``target``, on all ranks; 0 = dense. Counters go under the label f"{target:g}"."""
+        """The profile's thresholds for ``target``, on all ranks; 0 = dense. Counters get the label f"{target:g}"."""
         if target == 0:
             settings: Thresholds = dict.fromkeys(self.layer_names, (0.0, 0.0, True))
         elif self.profile is None:

@@ -1,0 +1,143 @@
+"""`cutedsl-kernels calibrate`: find the thresholds of a checkpoint for a range of target sparsities, by running it
+through vLLM.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import UserError
+from ..sparsity import PROFILE_FILENAME
+
+MINIMUM_TOKENS = 1024
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(calibrate)
+
+
+def calibrate(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub name of a Mixture-of-Experts model.")],
+    text: Annotated[list[Path], typer.Option("--text", help="Text file, UTF-8; may be given several times.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help=f"Profile to write. Default: {PROFILE_FILENAME} beside the checkpoint."),
+    ] = None,
+    score: Annotated[
+        str,
+        typer.Option(help="gate: |act(gate)| (the paper's); gate-routed: times the routing weight."),
+    ] = "gate-routed",
+    skip_pairs: Annotated[
+        float, typer.Option(help="Share of (token, expert) pairs to skip whole, those of lowest routing weight; 0..1.")
+    ] = 0.0,
+    target: Annotated[
+        list[float] | None,
+        typer.Option("--target", help="Rows of the table, 0..1; may be given several times. Default: 0.05 to 0.99."),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens to calibrate on, spread over the text.")] = 32768,
+    max_len: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
+    tensor_parallel_size: Annotated[int, typer.Option(help="Ranks to shard the model over.")] = 1,
+    enable_expert_parallel: Annotated[bool, typer.Option(help="Shard by experts instead of by neurons.")] = False,
+) -> None:
+    """Write the sparsity profile of a model: per layer, the thresholds for each target sparsity."""
+    from ..calibration import DEFAULT_TARGETS, SCORES
+
+    if score not in SCORES:
+        raise UserError(f"--score must be one of {', '.join(SCORES)}, got {score!r}")
+    if not 0 <= skip_pairs < 1:
+        raise UserError(f"--skip-pairs must be a share in 0..1, got {skip_pairs:g}")
+    targets = sorted(set(target or DEFAULT_TARGETS))
+    for value in targets:
+        if not 0 < value < 1:
+            raise UserError(f"--target must lie between 0 and 1, got {value:g}")
+    for name, number, least in (
+        ("max-tokens", max_tokens, MINIMUM_TOKENS),
+        ("max-len", max_len, 16),
+        ("tensor-parallel-size", tensor_parallel_size, 1),
+    ):
+        if number < least:
+            raise UserError(f"--{name} must be at least {least}, got {number}")
+
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from ..integration.vllm.calibrate import make_profile, record
+    from ..integration.vllm.engine import SparseEngine, check_model
+    from ..quality.text import cut_sequences, read_texts
+
+    words, text_hash = read_texts(text)
+    if len(words) < MINIMUM_TOKENS:  # no tokenizer gives more tokens than bytes
+        _too_short(len(words.encode()))
+    config = check_model(model)
+    out = _check_out(out, model)
+    longest = (config.get("text_config") or config).get("max_position_embeddings")
+    limit = min(max_len + 1, longest) if isinstance(longest, int) else max_len + 1
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    console = Console(stderr=True)
+    with console.status(f"starting vLLM with {model}"):
+        engine = SparseEngine(
+            model,
+            record=True,
+            max_model_len=limit,
+            tensor_parallel_size=tensor_parallel_size,
+            enable_expert_parallel=enable_expert_parallel,
+            disable_log_stats=True,
+        )
+    try:
+        sequences = cut_sequences(
+            words, engine.tokenizer.encode, max_tokens=max_tokens, max_len=min(max_len, limit - 1)
+        )
+        tokens = sum(map(len, sequences))
+        if tokens < MINIMUM_TOKENS:
+            _too_short(tokens)
+        columns = (
+            TextColumn("calibrating"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("tokens"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=console, transient=True) as progress:
+            task = progress.add_task("calibrating", total=tokens)
+            histograms = record(engine, sequences, lambda done: progress.advance(task, done))
+        profile = make_profile(
+            engine,
+            histograms,
+            text_sha256=text_hash,
+            max_len=min(max_len, limit - 1),
+            score=score,
+            skip_pairs=skip_pairs,
+            targets=targets,
+        )
+    finally:
+        engine.shutdown()
+    profile.save(out)
+    print(
+        f"{out}: {len(profile.layers)} layers, score {score}, skipped pairs {skip_pairs:.0%}, "
+        f"targets {targets[0]:g} to {targets[-1]:g}, from {tokens} tokens"
+    )
+
+
+def _too_short(tokens: int) -> None:
+    raise UserError(f"--text has {tokens} tokens, at least {MINIMUM_TOKENS} are needed to calibrate: give more text")
+
+
+def _check_out(out: Path | None, model: str) -> Path:
+    """Where to write, checked by writing there before the model is loaded."""
+    if out is None:
+        if not Path(model).is_dir():
+            raise UserError(f"--out is needed: {model} is not a folder that the profile could be put into")
+        out = Path(model) / PROFILE_FILENAME
+    if out.is_dir():
+        raise UserError(f"--out {out}: is a folder; name a file, for example {out / PROFILE_FILENAME}")
+    try:
+        with tempfile.NamedTemporaryFile(dir=out.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot write there: {error.strerror}") from None
+    return out
