@@ -22,7 +22,7 @@ from .staged_common import LINE, ROWS, THREADS, StagedSpec, load_item
 
 
 class GateCompact:
-    """counts [max_items, tiles], neurons [max_items, tiles * 64] int32, gates [max_items, tiles * 64, token_block] fp32."""
+    """counts [max_items, tiles] and neurons [max_items, tiles * 64] int32, gates [max_items, tiles * 64, token_block]."""
 
     def __init__(self, spec: StagedSpec):
         self.spec, self.ring = spec, spec.row_ring()

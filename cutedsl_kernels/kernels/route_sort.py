@@ -25,7 +25,7 @@ WARPS = 16
 
 
 class RouteSort:
-    """items [max_items, 4] (expert, first position, tokens, 0), num_items [1], sorted_pairs [T*k], kept [T*k] 0/1, int32.
+    """items [max_items, 4] (expert, first position, tokens, 0), num_items [1], sorted_pairs [T*k], kept [T*k], int32.
 
     max_items is at least min(T*k, E + T*k / token_block): more items there cannot be.
     """

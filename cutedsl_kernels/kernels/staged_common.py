@@ -5,7 +5,7 @@ All three products of the path have the same form. Weights are the M side, token
     c[m, t] += sum over k of a[m, k] * b[t, k]        m: 64 rows of a block, t: up to token_block tokens
 
 and both operands come through a ring of ``stages`` tiles in shared memory, filled by 16-byte cp.async, so that the
-bytes in flight (stages - 1 tiles for each CTA) do not cost registers. One warp group of 128 threads loads and multiplies:
+bytes in flight (stages - 1 tiles for each CTA) cost no registers. One warp group of 128 threads loads and multiplies:
 
     load tiles 0 .. stages-2
     for each tile:   wait for it | CTA barrier | load the tile stages-1 ahead | multiply
@@ -13,8 +13,8 @@ bytes in flight (stages - 1 tiles for each CTA) do not cost registers. One warp 
 Every 64-element line of a tile is 128 bytes in shared memory, its 16-byte chunks exchanged by chunk ^ (line % 8): the
 128-byte swizzle of wgmma (PTX ISA, "Asynchronous Warpgroup Level Matrix Shared Memory Layout"), which also keeps
 ldmatrix free of bank conflicts. Two back ends multiply it: warp MMA (mma.m16n8k16 by ldmatrix) and wgmma (m64nNk16,
-both operands from shared memory). Their accumulators have the same layout: thread (warp w, lane l) holds of every 8 tokens
-and 64 rows
+both operands from shared memory). Their accumulators have the same layout: thread (warp w, lane l) holds of every 8
+tokens and 64 rows
 
     acc[c, h, j]:  row 16 w + l / 4 + 8 h,  token 8 j + 2 (l % 4) + c
 """
