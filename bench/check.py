@@ -7,6 +7,9 @@ scores of the tokens that are checked (problems.py), so back ends differ by roun
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 
@@ -21,51 +24,67 @@ class WrongResult(RuntimeError):
     """A path whose output differs from the definition. It gets no timing."""
 
 
-def reference_error(output: torch.Tensor, batch: Batch, call: LayerInputs, cutoffs: Cutoffs) -> tuple[float, float]:
-    """(error, error of the same-dtype reference) of one call's output [T, H], relative L2 over the
-    batch's checked tokens. WrongResult if the output has another shape or holds NaN or
-    infinity anywhere.
-    """
-    if output.shape != call.hidden_states.shape:
-        raise WrongResult(f"output has shape {tuple(output.shape)}, expected {tuple(call.hidden_states.shape)}")
-    bad = int((~torch.isfinite(output)).sum())
-    if bad:
-        raise WrongResult(f"{bad} of {output.numel()} output values are NaN or infinite")
-    rows = torch.tensor(batch.checked_tokens, device=output.device)
-    part = LayerInputs(call.hidden_states[rows], call.topk_weights[rows], call.topk_ids[rows], call.weights)
-    expected = torch.empty(part.hidden_states.shape, dtype=torch.float32, device=output.device)
-    sparse_moe_ref(
-        part.hidden_states,
-        part.weights,
-        part.topk_weights,
-        part.topk_ids,
-        cutoffs.thresholds,
-        router_weighted=cutoffs.rule.router_weighted,
-        pair_threshold=cutoffs.pair_threshold,
-        activation=batch.activation,
-        apply_router_weight_on_input=batch.router_weight_on_input,
-        out=expected,
-    )
-    rounded = _same_dtype_reference(part, batch, cutoffs)
-    scale = expected.norm().clamp(min=1e-20)
-    return float((output[rows].float() - expected).norm() / scale), float((rounded.float() - expected).norm() / scale)
+@dataclass(frozen=True)
+class Expectation:
+    """What one call must give for the checked tokens ``rows``: fp32 [rows, H], and the relative error allowed."""
+
+    call: int
+    rows: torch.Tensor
+    expected: torch.Tensor
+    allowed: float
+
+    def error(self, output: torch.Tensor) -> float:
+        """Relative L2 error of the call's output [T, H]. WrongResult for another shape, or NaN or infinity anywhere."""
+        if output.dim() != 2 or output.shape[1] != self.expected.shape[1] or len(output) <= int(self.rows[-1]):
+            raise WrongResult(f"output has shape {tuple(output.shape)}, expected [T, {self.expected.shape[1]}]")
+        bad = int((~torch.isfinite(output)).sum())
+        if bad:
+            raise WrongResult(f"{bad} of {output.numel()} output values are NaN or infinite")
+        return _distance(output[self.rows], self.expected)
 
 
-def check(prepared: PreparedCalls, batch: Batch, cutoffs: Cutoffs) -> float:
-    """Poisons all outputs, runs all calls once, and compares the counted ones with the reference.
+def expectations(batch: Batch, cutoffs: Cutoffs) -> list[Expectation]:
+    """References for the checked tokens of the counted calls; good for every path that computes these cutoffs."""
+    made = []
+    for i in batch.counted:
+        call = batch.calls[i]
+        rows = torch.tensor(batch.checked_tokens, device=call.hidden_states.device)
+        part = LayerInputs(call.hidden_states[rows], call.topk_weights[rows], call.topk_ids[rows], call.weights)
+        expected = torch.empty(part.hidden_states.shape, dtype=torch.float32, device=rows.device)
+        sparse_moe_ref(
+            part.hidden_states,
+            part.weights,
+            part.topk_weights,
+            part.topk_ids,
+            cutoffs.thresholds,
+            router_weighted=cutoffs.rule.router_weighted,
+            pair_threshold=cutoffs.pair_threshold,
+            activation=batch.activation,
+            apply_router_weight_on_input=batch.router_weight_on_input,
+            out=expected,
+        )
+        allowed = 2 * _distance(_same_dtype_reference(part, batch, cutoffs), expected) + 1e-5
+        made.append(Expectation(i, rows, expected, allowed))
+    return made
 
-    Returns the largest error. WrongResult if one is beyond the tolerance.
-    """
+
+def check(prepared: PreparedCalls, expected: Sequence[Expectation]) -> float:
+    """Poisons all outputs, runs all calls once, and compares. Returns the largest error; WrongResult beyond tolerance."""
     prepared.poison()
     prepared.run()
     worst = 0.0
-    for i in batch.counted:
-        error, same_dtype = reference_error(prepared.outputs[i], batch, batch.calls[i], cutoffs)
-        allowed = 2 * same_dtype + 1e-5
-        if not error <= allowed:
-            raise WrongResult(f"relative error {error:.2e} in call {i}, allowed {allowed:.2e}")
+    for expectation in expected:
+        error = expectation.error(prepared.outputs[expectation.call])
+        if not error <= expectation.allowed:
+            raise WrongResult(
+                f"relative error {error:.2e} in call {expectation.call}, allowed {expectation.allowed:.2e}"
+            )
         worst = max(worst, error)
     return worst
+
+
+def _distance(values: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((values.float() - expected).norm() / expected.norm().clamp(min=1e-20))
 
 
 def _same_dtype_reference(part: LayerInputs, batch: Batch, cutoffs: Cutoffs) -> torch.Tensor:

@@ -22,7 +22,7 @@ from cutedsl_kernels import ExpertWeights, MoEShape, Plan, UserError, sparse_moe
 from . import arguments
 from .baselines import NAMES as BASELINES
 from .baselines import Baseline, Unavailable, VllmTriton, make_baselines
-from .check import WrongResult, check
+from .check import WrongResult, check, expectations
 from .plans import resolve_plans
 from .problems import (
     ROUTINGS,
@@ -156,7 +156,7 @@ class LayerBench:
         """Check, then time; (None, 0) and a line in failures for a path that fails or is wrong."""
         try:
             prepared = prepare(calls, self.options.device)
-            error = check(prepared, batch, cutoffs)
+            error = check(prepared, expected)
             return prepared.measure(self.options.replays), error
         except WrongResult as reason:
             line = f"WRONG {label}: {reason}"
@@ -259,11 +259,12 @@ class Point:
             bench.once(f"{where}: plan {text} left out: {reason}")
             return
         cutoffs = batch.cutoffs(rule)
+        expected = expectations(batch, cutoffs)
         for plan in plans:
-            # A dense plan skips pairs only: that is what it is checked against and what its bytes are.
+            # A dense plan gives the same result, but reads every neuron of the pairs it keeps.
             own = cutoffs.without_neurons() if plan.kind == "dense" else cutoffs
             label = f"{where} s={rule.sparsity:g} skip={rule.pair_skip:g} {plan}"
-            timing, error = bench.measure(label, sparse_calls(batch, cutoffs, plan), batch, own)
+            timing, error = bench.measure(label, sparse_calls(batch, cutoffs, plan), expected)
             if timing is None:
                 continue
             config = json.dumps(asdict(plan.config)) if plan.config is not None else "{}"
@@ -274,7 +275,7 @@ class Point:
         """Measures the baselines; name and time of the first that could be measured."""
         bench, batch = self._bench, self._batch
         dense = batch.cutoffs(Rule())
-        counts = batch.count(dense)
+        counts, expected = batch.count(dense), expectations(batch, dense)
         first: tuple[str, float] | None = None
         for baseline in bench.baselines:
             try:
@@ -286,7 +287,7 @@ class Point:
                 variants.append((f"{baseline.name}-default", baseline.own_calls(batch), baseline.own_config(batch)))
             for name, calls, config in variants:
                 label = f"{self._layer.model} T={self._num_tokens} {name}"
-                timing, error = bench.measure(label, calls, batch, dense)
+                timing, error = bench.measure(label, calls, expected)
                 if timing is not None:
                     first = first or (name, timing.median_us)
                     bench.row(self._base, counts, Rule(), name, config, "baseline", timing, error, first)

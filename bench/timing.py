@@ -10,6 +10,7 @@ reference before any number is taken (check.py), so what is checked is what is t
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -72,11 +73,17 @@ class PreparedCalls:
         )
 
 
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One stream for all captures: the library keeps scratch memory for every stream it is called on."""
+    return torch.cuda.Stream(device)
+
+
 class GraphCalls(PreparedCalls):
     """The calls as one CUDA graph. What compiles or allocates for good does so in the warm-up call before capture."""
 
     def __init__(self, calls: Sequence[Call], device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
+        self._stream = _capture_stream(device)
         self._stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(self._stream):
             calls[0]()
