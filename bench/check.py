@@ -69,7 +69,7 @@ def expectations(batch: Batch, cutoffs: Cutoffs) -> list[Expectation]:
 
 
 def check(prepared: PreparedCalls, expected: Sequence[Expectation]) -> float:
-    """Poisons all outputs, runs all calls once, and compares. Returns the largest error; WrongResult beyond tolerance."""
+    """Poisons all outputs, runs all calls once, compares. The largest error, or WrongResult beyond tolerance."""
     prepared.poison()
     prepared.run()
     worst = 0.0

@@ -152,7 +152,9 @@ class LayerBench:
         if self.options.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def measure(self, label: str, calls: Sequence[Call], batch: Batch, cutoffs: Cutoffs) -> tuple[Timing | None, float]:
+    def measure(
+        self, label: str, calls: Sequence[Call], expected: Sequence[Expectation]
+    ) -> tuple[Timing | None, float]:
         """Check, then time; (None, 0) and a line in failures for a path that fails or is wrong."""
         try:
             prepared = prepare(calls, self.options.device)
