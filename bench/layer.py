@@ -22,7 +22,7 @@ from cutedsl_kernels import ExpertWeights, MoEShape, Plan, UserError, sparse_moe
 from . import arguments
 from .baselines import NAMES as BASELINES
 from .baselines import Baseline, Unavailable, VllmTriton, make_baselines
-from .check import WrongResult, check, expectations
+from .check import Expectation, WrongResult, check, expectations
 from .plans import resolve_plans
 from .problems import (
     ROUTINGS,
