@@ -66,8 +66,8 @@ def compile_listing(spec: KernelSpec) -> Listing:
 
 def _compile(spec: KernelSpec, options: str, use: Callable[[Any], Any]) -> Any:
     cute = _cute()
-    arguments = fake_arguments(spec, env_stream=has_tvm_ffi())
-    return use(cute.compile(spec.build(), *arguments, options=f"--gpu-arch {ARCH} {options}"))
+    kernel, arguments = spec.build(), fake_arguments(spec, env_stream=has_tvm_ffi())
+    return use(cute.compile(kernel, *arguments, options=f"--gpu-arch {ARCH} {options}"))
 
 
 def _export(compiled: Any, path: Path) -> None:
