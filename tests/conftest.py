@@ -6,6 +6,7 @@ import os
 import secrets
 
 import pytest
+from ptx.plugin import run_ptx  # noqa: F401  (fixture: runs kernels in the PTX interpreter)
 
 
 @pytest.fixture
