@@ -83,6 +83,11 @@ def _edges(octaves: tuple[int, int], split: int) -> np.ndarray:
     return edges
 
 
+def score_edges() -> np.ndarray:
+    """Limits of the score bins (second axis of the joint histograms), fp64 [SCORE_BINS + 1], ascending from 0."""
+    return _edges(SCORE_OCTAVES, SCORE_SPLIT)
+
+
 class LayerHistogram:
     """Counts of one layer; see the module's docstring. int64 on one device. Add with ``observe`` and ``merge``."""
 
@@ -141,9 +146,7 @@ class LayerHistogram:
         inactive_wanted = target * total - (total - left)
         if inactive_wanted <= 0 or left <= 0:
             return LayerThresholds(0.0, rho)
-        return LayerThresholds(
-            _quantile(remaining.sum(0), _edges(SCORE_OCTAVES, SCORE_SPLIT), min(1.0, inactive_wanted / left)), rho
-        )
+        return LayerThresholds(_quantile(remaining.sum(0), score_edges(), min(1.0, inactive_wanted / left)), rho)
 
     def _remaining(self, rho: float) -> np.ndarray:
         """Share of each coarse bin's pairs with r >= rho, fp64 [ROUTING_BINS]."""

@@ -4,6 +4,7 @@ this package imports from vllm.model_executor.layers.fused_moe.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from importlib import metadata
 from typing import Any
@@ -50,7 +51,7 @@ def routed_experts_class() -> type[torch.nn.Module]:
     return RoutedExperts
 
 
-def routed_experts_of(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+def routed_experts_of(model: torch.nn.Module) -> Iterator[Any]:
     """The RoutedExperts modules of a model in module order."""
     kind = routed_experts_class()
     for module in model.modules():
@@ -58,7 +59,7 @@ def routed_experts_of(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
             yield module
 
 
-def stock_method_class() -> type:
+def stock_method_class() -> Any:
     from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 
     return UnquantizedFusedMoEMethod
@@ -76,18 +77,102 @@ def empty_quant_config() -> Any:
     return FusedMoEQuantConfig.make()
 
 
-def activation_of(layer: torch.nn.Module) -> tuple[str, bool] | None:
+def activation_of(layer: Any) -> tuple[str, bool] | None:
     """(our name, interleaved rows) of a layer's activation, or None where it is not supported."""
     return _ACTIVATIONS.get(activation_name(layer))
 
 
-def activation_name(layer: torch.nn.Module) -> str:
+def activation_name(layer: Any) -> str:
     activation = layer.activation
     return str(getattr(activation, "value", activation))
 
 
-def layer_by_name(layer_name: str) -> torch.nn.Module:
+def layer_by_name(layer_name: str) -> Any:
     """The RoutedExperts that runs under ``layer_name`` in the forward pass now going on."""
     from vllm.forward_context import get_forward_context
 
     return get_forward_context().no_compile_layers[layer_name].routed_experts
+
+
+def is_cuda() -> bool:
+    """Whether vLLM runs on CUDA devices here; asks vLLM, so it does not initialise CUDA."""
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cuda())
+
+
+@functools.cache
+def triton_experts() -> TritonExperts:
+    return TritonExperts()
+
+
+class TritonExperts:
+    """The pieces of vLLM's Triton MoE that dense.py puts together, without the checks above them."""
+
+    def __init__(self) -> None:
+        from vllm import _custom_ops
+        from vllm.model_executor.layers.fused_moe import fused_moe
+        from vllm.model_executor.layers.fused_moe.activation import MoEActivation, apply_moe_activation
+        from vllm.model_executor.layers.fused_moe.moe_align_block_size import moe_align_block_size
+
+        self._gemm = fused_moe.invoke_fused_moe_triton_kernel
+        self._config = fused_moe.try_get_optimal_moe_config
+        self._types = {torch.bfloat16: fused_moe.tl.bfloat16, torch.float16: fused_moe.tl.float16}
+        self._align = moe_align_block_size
+        self._activate = apply_moe_activation
+        self._activations = {name: MoEActivation.from_str(name) for name in ("silu", "gelu", "gelu_tanh")}
+        self._sum = _custom_ops.moe_sum
+
+    def config(self, w13: torch.Size, w2: torch.Size, top_k: int, num_tokens: int) -> dict[str, int]:
+        """Block sizes for w13 [E, 2I, H], w2 [E, H, I]: vLLM's tuned file for it, else its default."""
+        return self._config(w13, w2, top_k, None, num_tokens)
+
+    def align(
+        self, topk_ids: torch.Tensor, block: int, num_experts: int, expert_map: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Pairs sorted by expert, in blocks; ids past the last expert, or mapped to -1, are left out."""
+        return self._align(topk_ids, block, num_experts, expert_map, ignore_invalid_experts=True)
+
+    def gemm(
+        self,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        c: torch.Tensor,
+        topk_weights: torch.Tensor,
+        sorted_ids: torch.Tensor | None,
+        expert_ids: torch.Tensor,
+        padded: torch.Tensor,
+        weighted: bool,
+        top_k: int,
+        config: dict[str, int],
+        bias: torch.Tensor | None,
+    ) -> None:
+        """c = a b^T per expert, times the routing weight if ``weighted``."""
+        self._gemm(
+            a,
+            b,
+            c,
+            None,
+            None,
+            topk_weights,
+            sorted_ids,
+            expert_ids,
+            padded,
+            weighted,
+            top_k,
+            config,
+            compute_type=self._types[a.dtype],
+            use_fp8_w8a8=False,
+            use_int8_w8a8=False,
+            use_int8_w8a16=False,
+            use_int4_w4a16=False,
+            per_channel_quant=False,
+            B_bias=bias,
+        )
+
+    def activate(self, activation: str, out: torch.Tensor, gate_up: torch.Tensor) -> None:
+        self._activate(self._activations[activation], out, gate_up)
+
+    def sum(self, pairs: torch.Tensor, out: torch.Tensor) -> None:
+        """[T, k, H] -> [T, H]."""
+        self._sum(pairs, out)

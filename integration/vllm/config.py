@@ -81,7 +81,7 @@ class IntraExpertSparseConfig(QuantizationConfig):
         except UserError as error:
             raise MethodError(str(error)) from None
 
-    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
+    def get_quant_method(self, layer: Any, prefix: str) -> Any:
         if self.inner is not None:
             method = self.inner.get_quant_method(layer, prefix)
             if isinstance(layer, compat.routed_experts_class()):
@@ -96,7 +96,7 @@ class IntraExpertSparseConfig(QuantizationConfig):
 
         return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
 
-    def _sparse_method(self, layer: torch.nn.Module, prefix: str) -> Any:
+    def _sparse_method(self, layer: Any, prefix: str) -> Any:
         """Our method for a routed-expert layer, or None for vLLM's own."""
         from .method import IntraExpertSparseMethod, why_unsupported
 

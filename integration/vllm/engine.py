@@ -70,8 +70,9 @@ class SparseEngine:
         overrides: dict[str, Any] = {"without_profile": True}
         if isinstance(profile, SparsityProfile):
             self._scratch = tempfile.TemporaryDirectory(prefix="cutedsl-kernels-")
-            path: Path | None = Path(self._scratch.name) / "profile.json"
-            profile.save(path)
+            saved = Path(self._scratch.name) / "profile.json"
+            profile.save(saved)
+            path: Path | None = saved
         elif profile is not None:
             path = Path(profile)
         else:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...moe import sparse_moe
-from ...weights import ExpertWeights
+from ...weights import SUPPORTED_DTYPES, ExpertWeights
 from . import compat
+from .dense import run_dense
 from .state import LayerState
 
 if TYPE_CHECKING:
@@ -17,15 +18,17 @@ if TYPE_CHECKING:
 STATE = "_intra_expert_sparsity"  # attribute of a RoutedExperts module that holds its LayerState
 
 
-def why_unsupported(layer: torch.nn.Module) -> str | None:
+def why_unsupported(layer: Any) -> str | None:
     """The reason why a routed-expert layer cannot use this method, or None."""
     moe = layer.moe_config
     if compat.activation_of(layer) is None:
         return f"activation {compat.activation_name(layer)} is not supported"
     if getattr(layer, "swiglu_limit", None) is not None and compat.activation_name(layer) == "silu":
         return "SwiGLU with a clamp is not supported"
-    if moe.in_dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"activations of type {moe.in_dtype} are not supported"
+    if moe.in_dtype not in ((torch.bfloat16,) if compat.is_cuda() else SUPPORTED_DTYPES):
+        return f"activations of type {str(moe.in_dtype).removeprefix('torch.')} are not supported"
+    if compat.is_cuda() and (moe.has_bias or compat.activation_name(layer) == "swigluoai"):
+        return "the GPU kernels take no biases and no clamped SwiGLU yet"
     if getattr(moe.moe_parallel_config, "use_all2all_kernels", False) and moe.moe_parallel_config.dp_size > 1:
         backend = getattr(moe.moe_parallel_config, "all2all_backend", "")
         if backend not in ("allgather_reducescatter", "naive", ""):
@@ -45,17 +48,17 @@ class IntraExpertSparseMethod(compat.method_base_class()):  # type: ignore[misc]
     def supports_eplb(self) -> bool:
         return False  # vLLM moves experts between ranks as [E, H, I] blocks; ours are re-laid
 
-    def create_weights(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+    def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
         compat.stock_method_class().create_weights(self, layer, *args, **kwargs)
 
-    def get_fused_moe_quant_config(self, layer: torch.nn.Module) -> Any:
+    def get_fused_moe_quant_config(self, layer: Any) -> Any:
         return compat.empty_quant_config()
 
     def maybe_make_prepare_finalize(self, routing_tables: Any = None) -> None:
         """vLLM 0.26: no modular kernel; the runner gathers and scatters the tokens of data-parallel ranks itself."""
         return None
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         found = compat.activation_of(layer)
         assert found is not None, "checked by why_unsupported"
         activation, interleaved = found
@@ -81,11 +84,13 @@ class IntraExpertSparseMethod(compat.method_base_class()):  # type: ignore[misc]
         if self.config.profile is not None:
             tau, rho = self.config.profile.thresholds(self.prefix, self.config.target)
             state.set(tau, rho, self.config.profile.router_weighted, f"{self.config.target:g}", self.config.target)
+        if weights.device.type == "cuda":
+            state.choose_plans(layer.expert_map)
         setattr(layer, STATE, state)
 
     def apply(
         self,
-        layer: torch.nn.Module,
+        layer: Any,
         x: torch.Tensor,
         topk_weights: torch.Tensor,
         topk_ids: torch.Tensor,
@@ -98,22 +103,21 @@ class IntraExpertSparseMethod(compat.method_base_class()):  # type: ignore[misc]
         return torch.ops.cutedsl_kernels.routed_experts(x, topk_weights, topk_ids, self.prefix)
 
 
-def _data(layer: torch.nn.Module, name: str) -> torch.Tensor | None:
+def _data(layer: Any, name: str) -> torch.Tensor | None:
     parameter = getattr(layer, name, None)
     return None if parameter is None else parameter.data
 
 
-def run_layer(
-    layer: torch.nn.Module, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
-) -> torch.Tensor:
+def run_layer(layer: Any, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
     """What the custom op does once it knows its layer."""
     state: LayerState = getattr(layer, STATE)
     expert_map = layer.expert_map
     state.observe(x, topk_weights, topk_ids, expert_map)
-    if x.device.type == "cuda":
-        from .dense import run_cuda
-
-        return run_cuda(state, x, topk_weights, topk_ids, expert_map, layer.global_num_experts)
+    plan = None
+    if x.device.type == "cuda" and x.shape[0] > 0:
+        plan = state.plan(x.shape[0])
+        if plan.kind == "dense":
+            return run_dense(state, x, topk_weights, topk_ids, expert_map, layer.global_num_experts)
     return sparse_moe(
         x,
         state.weights,
@@ -125,6 +129,7 @@ def run_layer(
         activation=state.activation,
         expert_map=expert_map,
         apply_router_weight_on_input=state.router_weight_on_input,
+        plan=plan,
     )
 
 

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from ...calibration import LayerHistogram, count_active, expert_activations
+from ...plan import Plan, plan_for
 from ...reference import expand_thresholds
 from ...weights import ExpertWeights
+
+# Numbers of tokens for which a plan is fixed when the layer is loaded; larger batches run dense.
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
+
+
+def supports_kernels(weights: ExpertWeights) -> bool:
+    """Whether the GPU kernels can run these weights at all: bf16, no biases, an sm_90 GPU."""
+    return (
+        weights.dtype == torch.bfloat16
+        and weights.w13_bias is None
+        and weights.w2_bias is None
+        and torch.cuda.get_device_capability(weights.device) == (9, 0)
+    )
 
 
 @dataclass
@@ -16,9 +31,9 @@ class LayerState:
     """One layer on one rank.
 
     tau: fp32 on the weights' device, [1, 1] or [E, I]; rho: pair threshold; tau and rho zero is the dense model.
+    plans: (largest number of tokens, plan), ascending; CUDA only.
     counters: int64 [4] per label (see count_active), filled while ``counting``. tp_size, tp_rank: how this layer's
-    neurons are sharded (1 and 0 under expert parallelism); local_ids: global ids of the local experts, None if all
-    are local.
+    neurons are sharded (1 and 0 under expert parallelism).
     """
 
     name: str
@@ -36,6 +51,7 @@ class LayerState:
     counting: bool = False
     recorder: LayerHistogram | None = None
     counters: dict[str, torch.Tensor] = field(default_factory=dict)
+    plans: list[tuple[int, Plan]] = field(default_factory=list)
 
     def set(self, tau: float | torch.Tensor, rho: float, router_weighted: bool, label: str, sparsity: float) -> None:
         """New thresholds. ``tau`` a number, or broadcastable to this rank's [E, I]; ``sparsity``: what they aim at
@@ -46,6 +62,9 @@ class LayerState:
             new = expand_thresholds(
                 tau.to(device), self.weights.num_experts, self.weights.intermediate_size, device
             ).contiguous()
+        elif device.type == "cuda":  # the kernels read [E, I]
+            shape = (self.weights.num_experts, self.weights.intermediate_size)
+            new = torch.full(shape, float(tau), dtype=torch.float32, device=device)
         else:
             new = torch.full((1, 1), float(tau), dtype=torch.float32, device=device)
         if new.shape == self.tau.shape:
@@ -53,10 +72,49 @@ class LayerState:
         else:
             self.tau = new
         self.rho, self.router_weighted, self.label, self.sparsity = float(rho), router_weighted, label, sparsity
+        self.plans = []
 
-    @property
-    def dense(self) -> bool:
-        return self.sparsity == 0.0
+    def choose_plans(self, expert_map: torch.Tensor | None, buckets: Sequence[int] = BUCKETS) -> int:
+        """Fixes the plan of each bucket of token counts, and compiles and loads its kernel. CUDA only; not while
+        capturing.
+
+        A batch runs the plan of the nearest bucket above, so that nothing is chosen or compiled while serving; larger
+        batches than the last bucket run dense. Returns the number of kernels compiled.
+        """
+        from ...launch import ASSUMED_PAIR_SKIP, warmup
+
+        shape = self.weights.shape(self.top_k)
+        skipped = ASSUMED_PAIR_SKIP if self.rho > 0 else 0.0
+        plans = []
+        for bucket in sorted(set(buckets)):
+            plan = Plan("dense")
+            if self.sparsity > 0 and supports_kernels(self.weights):
+                plan = plan_for(
+                    shape, bucket, max(self.sparsity, skipped), self.weights.device, skipped, self.activation
+                )
+            plans.append((bucket, plan))
+        self.plans = plans
+        compiled = 0
+        for bucket, plan in plans:
+            if plan.kind != "dense":
+                compiled += warmup(
+                    self.weights,
+                    self.top_k,
+                    [bucket],
+                    plans=[plan],
+                    router_weighted=self.router_weighted,
+                    activation=self.activation,
+                    expert_map=expert_map,
+                    apply_router_weight_on_input=self.router_weight_on_input,
+                )
+        return compiled
+
+    def plan(self, num_tokens: int) -> Plan:
+        """The plan for a batch of ``num_tokens`` tokens."""
+        for bucket, plan in self.plans:
+            if num_tokens <= bucket:
+                return plan
+        return Plan("dense")
 
     def observe(
         self,

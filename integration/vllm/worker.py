@@ -18,7 +18,7 @@ Setting = tuple[float | torch.Tensor, float, bool]  # tau, rho, router_weighted
 class SparsityWorker:
     """Mixed into vLLM's worker: ``self.get_model()`` is the worker's model. Results must survive pickling."""
 
-    def _sparsity_states(self) -> dict[str, tuple[torch.nn.Module, LayerState]]:
+    def _sparsity_states(self) -> dict[str, tuple[Any, LayerState]]:
         layers = compat.routed_experts_of(self.get_model())  # type: ignore[attr-defined]
         return {
             layer._intra_expert_sparsity.name: (layer, layer._intra_expert_sparsity)
@@ -36,6 +36,8 @@ class SparsityWorker:
             if isinstance(tau, torch.Tensor) and tau.numel() > 1:
                 tau = _shard(tau, layer, state)
             state.set(tau, rho, router_weighted, label, sparsity)
+            if state.weights.device.type == "cuda":
+                state.choose_plans(layer.expert_map)
 
     def sparsity_record(self, on: bool) -> None:
         for _, state in self._sparsity_states().values():
@@ -103,7 +105,7 @@ class SparsityWorker:
         self._sparsity_hidden.clear()
 
 
-def _shard(tau: torch.Tensor, layer: torch.nn.Module, state: LayerState) -> torch.Tensor:
+def _shard(tau: torch.Tensor, layer: Any, state: LayerState) -> torch.Tensor:
     """This rank's [E_local, I_local] of the whole model's [E or 1, I or 1]."""
     if tau.shape[0] > 1 and layer.expert_map is not None:
         slots = layer.expert_map.cpu().long()

@@ -1,0 +1,65 @@
+"""The dense path on a GPU: vLLM's own Triton kernel, tuned configs included, on the weights as this package lays them
+out.
+
+vLLM's fused_experts asserts that w2's last stride is 1, but the launcher beneath it passes strides through, so it takes
+w2_rows [E, I, H] as the view w2_rows.transpose(1, 2) [E, H, I]: same results at the same speed, and no second copy of
+w2. Pairs below the pair threshold are left out here too; inactive neurons are not: dense means every neuron.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from . import compat
+from .state import LayerState
+
+
+def run_dense(
+    state: LayerState,
+    hidden_states: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    expert_map: torch.Tensor | None,
+    global_num_experts: int,
+) -> torch.Tensor:
+    """hidden_states [T, H] on a CUDA device, T > 0; topk_weights fp32 and topk_ids int32 [T, k], global ids. Returns
+    [T, H].
+
+    Launches only; allocates from torch's caching allocator (a graph's pool while one is captured).
+    """
+    triton: Any = compat.triton_experts()
+    weights = state.weights
+    num_tokens, top_k = topk_ids.shape
+    hidden, inter = weights.hidden_size, weights.intermediate_size
+    w2 = weights.w2_rows.transpose(1, 2)
+    x = hidden_states.contiguous()
+    topk_weights = topk_weights.contiguous()
+    config = triton.config(weights.w13.shape, w2.shape, top_k, num_tokens)
+    few = expert_map is None and num_tokens * top_k * 4 <= global_num_experts
+    if state.rho > 0:
+        # One block per pair takes -1 as "write zeros"; the sorting kernel leaves out ids past the last expert.
+        topk_ids = torch.where(topk_weights < state.rho, -1 if few else global_num_experts, topk_ids)
+    if few:
+        sorted_ids, expert_ids = None, topk_ids.reshape(-1)
+        padded = torch.full((1,), topk_ids.numel() * config["BLOCK_SIZE_M"], dtype=torch.int32, device=x.device)
+    else:
+        sorted_ids, expert_ids, padded = triton.align(
+            topk_ids.contiguous(), config["BLOCK_SIZE_M"], global_num_experts, expert_map
+        )
+    shared = torch.empty(num_tokens * top_k * max(2 * inter, hidden), dtype=x.dtype, device=x.device)
+    gate_up = shared[: num_tokens * top_k * 2 * inter].view(num_tokens, top_k, 2 * inter)
+    h = torch.empty(num_tokens * top_k, inter, dtype=x.dtype, device=x.device)
+    y = shared[: num_tokens * top_k * hidden].view(num_tokens, top_k, hidden)
+    out = torch.empty_like(x)
+    on_input = state.router_weight_on_input
+    triton.gemm(
+        x, weights.w13, gate_up, topk_weights, sorted_ids, expert_ids, padded, on_input, top_k, config, weights.w13_bias
+    )
+    triton.activate(state.activation, h, gate_up.view(-1, 2 * inter))
+    if expert_map is not None or (state.rho > 0 and not few):
+        y.zero_()  # rows of pairs that nobody computes
+    triton.gemm(h, w2, y, topk_weights, sorted_ids, expert_ids, padded, not on_input, 1, config, weights.w2_bias)
+    triton.sum(y, out)
+    return out
