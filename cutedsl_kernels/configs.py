@@ -33,18 +33,20 @@ class FusedConfig:
     tile_neurons: gate rows of one work item. gate_stages x stage_rows: rows of the ring that gate rows stream through.
     row_stages x chunk_rows: rows of the ring for gathered up and down rows. gate_warps, updown_warps: warps of the two
     phases. keep_sums: 1 keeps the down product in registers over all tiles of a token block (needs H/4/updown_warps
-    registers), 0 adds it to memory after every chunk. max_pairs: capacity for T*k.
+    registers), 0 adds it to memory after every chunk. max_pairs: capacity for T*k. replicas: copies of the fp32 sums
+    that CTAs spread over, for batches so small that all CTAs add to a few rows.
     """
 
-    tile_neurons: int = 32
-    stage_rows: int = 16
+    tile_neurons: int = 16
+    stage_rows: int = 8
     gate_stages: int = 2
     chunk_rows: int = 8
-    row_stages: int = 2
+    row_stages: int = 4
     gate_warps: int = 4
     updown_warps: int = 8
     keep_sums: int = 1
     max_pairs: int = 256
+    replicas: int = 1
 
     @property
     def num_threads(self) -> int:
@@ -67,7 +69,8 @@ class StagedConfig:
 
     token_block: tokens of one expert handled at once. wgmma: 1 for wgmma, 0 for warp MMA. row_stages, row_atoms: tiles
     in the ring of the gate and up products, and 128-byte lines of each row in a tile. down_stages, down_atoms: the same
-    for the down product, whose tile is 64 gathered rows by down_atoms lines. down_splits: CTAs that share one item.
+    for the down product, whose tile is 64 gathered rows by down_atoms lines. down_tiles: tiles of columns one CTA works
+    off in turn. down_splits: CTAs that share the active neurons of one item.
     """
 
     token_block: int = 16
@@ -76,6 +79,7 @@ class StagedConfig:
     row_atoms: int = 1
     down_stages: int = 4
     down_atoms: int = 2
+    down_tiles: int = 4
     down_splits: int = 1
 
     def smem_bytes(self, intermediate_size: int) -> int:
@@ -99,7 +103,6 @@ class StagedConfig:
         capacity = 64 * tiles
         return {
             "items": ((items, 4), "int32"),
-            "num_items": ((1,), "int32"),
             "sorted_pairs": ((pairs,), "int32"),
             "kept": ((pairs,), "int32"),
             "counts": ((items, tiles), "int32"),
@@ -191,7 +194,7 @@ def _illegal_staged(config: StagedConfig, shape: MoEShape) -> str | None:
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
             return f"{name} is {getattr(config, name)}, must be one of {allowed}"
-    for name, least in (("row_stages", 2), ("down_stages", 2), ("down_splits", 1)):
+    for name, least in (("row_stages", 2), ("down_stages", 2), ("down_tiles", 1), ("down_splits", 1)):
         if getattr(config, name) < least:
             return f"{name} is {getattr(config, name)}, must be at least {least}"
     for name in ("row_atoms", "down_atoms"):

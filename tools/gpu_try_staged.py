@@ -6,8 +6,8 @@
     python tools/gpu_try_staged.py --variant wgmma=1,token_block=16,row_stages=8 --variant wgmma=0
 
 Needs torch with CUDA and the CuTe DSL on PYTHONPATH (apache-tvm-ffi if it is there); run in the repository's root.
-Every case that fails prints one line and the rest goes on. Times: CUDA graph of 24 calls on different inputs and routings,
-median of 12 replays; read GB/s counts weight rows that the call had to read, each (expert, token block) once.
+Every case that fails prints one line and the rest goes on. Times: CUDA graph of 24 calls on different inputs,
+median of 12 replays. Read GB/s counts weight rows that the call had to read, each (expert, token block) once.
 """
 
 from __future__ import annotations
@@ -62,8 +62,10 @@ VARIANTS = (
     "token_block=32",
     "row_stages=8",
     "row_stages=4",
-    "row_stages=4,row_atoms=2,down_stages=3,down_atoms=4",
-    "down_stages=6,down_atoms=1",
+    "row_stages=4,row_atoms=2,down_stages=3,down_atoms=4,down_tiles=2",
+    "down_tiles=2",
+    "down_tiles=8",
+    "down_stages=6",
 )
 
 _functions: dict[Any, Any] = {}
@@ -275,7 +277,7 @@ class Bench:
                 strict=True,
             )
         )
-        items = int(buffers["num_items"])
+        items = int((buffers["items"][:, 2] > 0).sum())
         active = int(buffers["active"][:items].sum())
         experts = int(buffers["items"][:items, 0].unique().numel())
         rows = items * self.shape.intermediate_size + 2 * active

@@ -162,11 +162,10 @@ def _staged_arguments(fakes: Fakes, spec: Mapping[str, Any]) -> list[Any]:
     tokens = fakes.symbol("T")
     dtypes = {"int32": fakes.i32, "float32": fakes.f32, "bfloat16": fakes.bf16}
     # Only the first size of a buffer depends on T; buffers that share it share the symbol.
-    first = {"num_items": 1, "sorted_pairs": "pairs", "kept": "pairs", "scaled": "scaled", "total": "total"}
+    first = {"sorted_pairs": "pairs", "kept": "pairs", "scaled": "scaled", "total": "total"}
     buffers = []
     for name, (sizes, dtype) in config.workspace(shape, 1, spec["deterministic"], spec["weight_on_input"]).items():
-        size = first.get(name, "items")
-        symbolic = size if isinstance(size, int) else fakes.symbol(size)
+        symbolic = fakes.symbol(first.get(name, "items"))
         buffers.append(fakes.tensor(dtypes[dtype], symbolic, *sizes[1:], align=4 if len(sizes) == 1 else 16))
     return [
         fakes.tensor(fakes.bf16, tokens, hidden),

@@ -18,22 +18,18 @@ import cutlass.cute as cute
 
 from .compaction import offset_of_warp
 from .primitives import F32, I32, I64, U32, SmemAllocator, activate_gate
-from .staged_common import LINE, ROWS, THREADS, StagedSpec, load_item
+from .staged_common import LINE, ROWS, THREADS, StagedSpec, item_fields, load_item
 
 
 class GateCompact:
-    """counts [max_items, tiles] and neurons [max_items, tiles * 64] int32, gates [max_items, tiles * 64, token_block]."""
+    """counts [max_items, tiles], neurons [max_items, tiles * 64] int32, gates [max_items, tiles * 64, block] fp32."""
 
     def __init__(self, spec: StagedSpec):
         self.spec, self.ring = spec, spec.row_ring()
 
     @cute.jit
-    def launch(
-        self, tokens, w13, thresholds, topk_weights, items, num_items, sorted_pairs, counts, neurons, gates, stream
-    ):
-        self.kernel(
-            tokens, w13, thresholds, topk_weights, items, num_items, sorted_pairs, counts, neurons, gates
-        ).launch(
+    def launch(self, tokens, w13, thresholds, topk_weights, items, sorted_pairs, counts, neurons, gates, stream):
+        self.kernel(tokens, w13, thresholds, topk_weights, items, sorted_pairs, counts, neurons, gates).launch(
             grid=(self.spec.tiles, cute.size(items, mode=[0]), 1),
             block=(THREADS, 1, 1),
             stream=stream,
@@ -49,7 +45,6 @@ class GateCompact:
         thresholds: cute.Tensor,
         topk_weights: cute.Tensor,
         items: cute.Tensor,
-        num_items: cute.Tensor,
         sorted_pairs: cute.Tensor,
         counts: cute.Tensor,
         neurons: cute.Tensor,
@@ -62,8 +57,8 @@ class GateCompact:
         lines = self.ring.allocate(smem)
         weights = smem.allocate_tensor(F32, cute.make_layout((spec.token_block,)), 16)
         warp_counts = smem.allocate_tensor(I32, cute.make_layout((4,)), 16)
-        if item < num_items[0]:
-            expert, start, num_tokens = items[item, 0], items[item, 1], items[item, 2]
+        expert, start, num_tokens = item_fields(items, item)
+        if num_tokens > 0:
             b_rows = load_item(spec, self.ring, topk_weights, sorted_pairs, start, num_tokens, weights, thread)
             a_rows = cute.make_rmem_tensor((4,), I32)
             for i in cutlass.range_constexpr(4):

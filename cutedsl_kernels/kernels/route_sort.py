@@ -25,9 +25,9 @@ WARPS = 16
 
 
 class RouteSort:
-    """items [max_items, 4] (expert, first position, tokens, 0), num_items [1], sorted_pairs [T*k], kept [T*k], int32.
+    """items [max_items, 4] (expert, first position, tokens, 0), sorted_pairs [T*k], kept [T*k], all int32.
 
-    max_items is at least min(T*k, E + T*k / token_block): more items there cannot be.
+    max_items is at least min(T*k, E + T*k / token_block): more items there cannot be. Unused ones get 0 tokens.
     """
 
     def __init__(self, spec: StagedSpec):
@@ -44,7 +44,6 @@ class RouteSort:
         expert_map,
         pair_threshold,
         items,
-        num_items,
         sorted_pairs,
         kept,
         scaled,
@@ -52,7 +51,7 @@ class RouteSort:
         stream,
     ):
         self.kernel(
-            x, topk_ids, topk_weights, expert_map, pair_threshold, items, num_items, sorted_pairs, kept, scaled, total
+            x, topk_ids, topk_weights, expert_map, pair_threshold, items, sorted_pairs, kept, scaled, total
         ).launch(grid=(1 + self.helpers, 1, 1), block=(self.threads, 1, 1), stream=stream)
 
     @cute.kernel
@@ -64,7 +63,6 @@ class RouteSort:
         expert_map: cute.Tensor,
         pair_threshold: cutlass.Float32,
         items: cute.Tensor,
-        num_items: cute.Tensor,
         sorted_pairs: cute.Tensor,
         kept: cute.Tensor,
         scaled: cute.Tensor,
@@ -73,7 +71,7 @@ class RouteSort:
         thread, _, _ = cute.arch.thread_idx()
         cta, _, _ = cute.arch.block_idx()
         if cta == 0:
-            self.sort(topk_ids, topk_weights, expert_map, pair_threshold, items, num_items, sorted_pairs, kept, thread)
+            self.sort(topk_ids, topk_weights, expert_map, pair_threshold, items, sorted_pairs, kept, thread)
         elif cutlass.const_expr(self.helpers > 0):
             worker = (cta - 1) * self.threads + thread
             if cutlass.const_expr(not self.spec.deterministic):
@@ -98,13 +96,13 @@ class RouteSort:
         return expert
 
     @cute.jit
-    def sort(self, topk_ids, topk_weights, expert_map, pair_threshold, items, num_items, sorted_pairs, kept, thread):
+    def sort(self, topk_ids, topk_weights, expert_map, pair_threshold, items, sorted_pairs, kept, thread):
         experts, warps, threads = self.spec.num_experts, WARPS, self.threads
         lane, warp = thread % 32, cute.arch.make_warp_uniform(thread // 32)
         smem = SmemAllocator()
         counts = smem.allocate_tensor(I32, cute.make_layout((warps, experts), stride=(experts, 1)), 16)
         totals = smem.allocate_tensor(I32, cute.make_layout((experts,)), 16)
-        first_item = smem.allocate_tensor(I32, cute.make_layout((experts,)), 16)
+        first_item = smem.allocate_tensor(I32, cute.make_layout((experts + 1,)), 16)
         start = smem.allocate_tensor(I32, cute.make_layout((experts,)), 16)
         num_pairs = cute.size(topk_ids)
         ids = cute.make_tensor(topk_ids.iterator, cute.make_layout((num_pairs,)))
@@ -134,10 +132,12 @@ class RouteSort:
             totals[expert] = running
         cute.arch.sync_threads()
         if thread < 32:
-            self.number(totals, start, first_item, num_items, lane)
+            self.number(totals, start, first_item, lane)
         cute.arch.sync_threads()
         for expert in cutlass.range(thread, experts, threads, unroll=1):
             self.write_items(expert, totals[expert], start[expert], first_item[expert], items)
+        for item in cutlass.range(first_item[experts] + thread, cute.size(items, mode=[0]), threads, unroll=1):
+            self.write_item(items, item, I32(0), I32(0), I32(0))
         for step in cutlass.range(steps, unroll=1):
             pair = begin + step * 32 + lane
             expert = self.expert_of(pair, num_pairs, ids, routing, expert_map, pair_threshold)
@@ -151,7 +151,7 @@ class RouteSort:
             cute.arch.sync_warp()
 
     @cute.jit
-    def number(self, totals, start, first_item, num_items, lane):
+    def number(self, totals, start, first_item, lane):
         """One warp: exclusive prefix sums over the experts of pairs and of items (token blocks)."""
         experts, block = self.spec.num_experts, self.spec.token_block
         chunk = (experts + 31) // 32
@@ -170,7 +170,7 @@ class RouteSort:
                 pairs += other_pairs
                 blocks += other_blocks
         if lane == 31:
-            num_items[0] = blocks
+            first_item[experts] = blocks
         pairs -= mine_pairs
         blocks -= mine_blocks
         for i in cutlass.range_constexpr(chunk):
@@ -186,11 +186,13 @@ class RouteSort:
     def write_items(self, expert, count, start, first, items):
         block = self.spec.token_block
         for b in cutlass.range((count + (block - 1)) // block, unroll=1):
-            item = first + b
-            items[item, 0] = expert
-            items[item, 1] = start + b * block
-            items[item, 2] = cutlass.min(count - b * block, I32(block))
-            items[item, 3] = 0
+            self.write_item(items, first + b, expert, start + b * block, cutlass.min(count - b * block, I32(block)))
+
+    @cute.jit
+    def write_item(self, items, item, expert, start, num_tokens):
+        fields = cute.make_rmem_tensor((4,), I32)
+        fields[0], fields[1], fields[2], fields[3] = expert, start, num_tokens, I32(0)
+        cute.autovec_copy(fields, vector(items.iterator, item * 4, 4, 4))
 
     @cute.jit
     def zero(self, total, worker):

@@ -1,7 +1,7 @@
 """sparse_down: the down product of the staged path over active neurons only, and the sum over a token's experts.
 
-One CTA (one warp group) = one item, one tile of 64 * down_atoms hidden columns, one of down_splits parts of the item's
-active neurons:
+One CTA (one warp group) = one item, down_tiles tiles of 64 * down_atoms hidden columns, one of down_splits parts of the
+item's active neurons:
 
     y[c, t] = sum over slots s of w2_rows[neuron of s, c] * h[t, s]    pieces of gathered rows through the ring
 
@@ -11,8 +11,9 @@ with transposition for warp MMA). The result goes to the output in one of two wa
     atomics         red.global.add.f32 into the zeroed fp32 sum [T, H]; the order of the additions is not defined
     deterministic   into partial [splits, T*k, H] fp32, one row for each pair and split, every element written once
 
-Combine then rounds the sum to bf16, or adds a token's partial rows in order of pairs and splits first. Bitwise equal
-results from run to run need the deterministic way. Grids: (H / tile, max_items, splits) and (T, H / 1024).
+Combine then rounds the sum to bf16, or adds a token's partial rows in order of splits and pairs first. Bitwise equal
+results from run to run need the deterministic way. Grids: (H / columns of a CTA, max_items, splits) and
+(T, H / 1024).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import cutlass
 import cutlass.cute as cute
 
 from .primitives import BF16, F32, I32, I64, U32, SmemAllocator, reduce_add, vector
-from .staged_common import LINE, ROWS, THREADS, StagedSpec
+from .staged_common import LINE, ROWS, THREADS, StagedSpec, item_fields
 
 
 class SparseDown:
@@ -30,11 +31,17 @@ class SparseDown:
     def __init__(self, spec: StagedSpec):
         self.spec, self.ring = spec, spec.down_ring()
         self.columns = LINE * spec.config.down_atoms
+        self.column_tiles = spec.hidden_size // self.columns
 
     @cute.jit
-    def launch(self, w2_rows, items, num_items, sorted_pairs, active, slots, hidden, total, stream):
-        self.kernel(w2_rows, items, num_items, sorted_pairs, active, slots, hidden, total).launch(
-            grid=(self.spec.hidden_size // self.columns, cute.size(items, mode=[0]), self.spec.config.down_splits),
+    def launch(self, w2_rows, items, sorted_pairs, active, slots, hidden, total, stream):
+        per_cta = self.spec.config.down_tiles
+        self.kernel(w2_rows, items, sorted_pairs, active, slots, hidden, total).launch(
+            grid=(
+                (self.column_tiles + per_cta - 1) // per_cta,
+                cute.size(items, mode=[0]),
+                self.spec.config.down_splits,
+            ),
             block=(THREADS, 1, 1),
             stream=stream,
             min_blocks_per_mp=2,
@@ -46,7 +53,6 @@ class SparseDown:
         self,
         w2_rows: cute.Tensor,
         items: cute.Tensor,
-        num_items: cute.Tensor,
         sorted_pairs: cute.Tensor,
         active: cute.Tensor,
         slots: cute.Tensor,
@@ -55,12 +61,12 @@ class SparseDown:
     ):
         spec = self.spec
         thread, _, _ = cute.arch.thread_idx()
-        column_tile, item, split = cute.arch.block_idx()
+        part, item, split = cute.arch.block_idx()
         smem = SmemAllocator()
         lines = self.ring.allocate(smem)
         pairs = smem.allocate_tensor(I32, cute.make_layout((spec.token_block,)), 16)
-        if item < num_items[0]:
-            expert, start, num_tokens = items[item, 0], items[item, 1], items[item, 2]
+        expert, start, num_tokens = item_fields(items, item)
+        if num_tokens > 0:
             count = active[item]
             tiles = (count + (ROWS - 1)) // ROWS
             per_split = (tiles + (spec.config.down_splits - 1)) // spec.config.down_splits
@@ -71,29 +77,41 @@ class SparseDown:
                 if thread < num_tokens:
                     pair = sorted_pairs[start + thread]
                 pairs[thread] = pair
-            acc = self.ring.accumulators()
-            base = I64(expert) * (spec.intermediate_size * spec.hidden_size) + column_tile * self.columns
-            self.product(
-                lines,
-                w2_rows.iterator + cute.assume(base, divby=LINE),
-                slots.iterator + I64(item) * spec.capacity,
-                hidden.iterator + cute.assume(I64(item) * (spec.token_block * spec.capacity), divby=LINE),
-                begin,
-                end,
-                count,
-                num_tokens,
-                acc,
-                thread,
-            )
-            cute.arch.sync_threads()
+            first_column = part * (spec.config.down_tiles * self.columns)
+            per_cta = cutlass.min(I32(spec.config.down_tiles), self.column_tiles - part * spec.config.down_tiles)
+            # where the rows of this CTA's result start in `total`: its split's part, its first column
+            base = I64(first_column)
             if cutlass.const_expr(spec.deterministic):
-                self.write_partial(acc, pairs, num_tokens, split, cute.size(sorted_pairs), column_tile, total, thread)
-            elif begin < end:
-                self.write_atomic(acc, pairs, num_tokens, column_tile, total, thread)
+                base += I64(split * cute.size(sorted_pairs)) * spec.hidden_size
+            result = total.iterator + base
+            if begin < end:
+                weights = I64(expert) * (spec.intermediate_size * spec.hidden_size) + first_column
+                self.product(
+                    lines,
+                    w2_rows.iterator + cute.assume(weights, divby=LINE),
+                    slots.iterator + I64(item) * spec.capacity,
+                    hidden.iterator + cute.assume(I64(item) * (spec.token_block * spec.capacity), divby=LINE),
+                    begin,
+                    end,
+                    per_cta,
+                    count,
+                    num_tokens,
+                    pairs,
+                    result,
+                    thread,
+                )
+            elif cutlass.const_expr(spec.deterministic):
+                cute.arch.sync_threads()
+                acc = self.ring.accumulators()
+                for column_tile in cutlass.range(per_cta, unroll=1):
+                    self.write(acc, pairs, num_tokens, result + column_tile * self.columns, thread)
 
     @cute.jit
-    def product(self, lines, weights, slots, hidden, begin, end, count, num_tokens, acc, thread):
-        """acc += over tiles begin .. end of 64 slots. Rows of a tile are looked up one tile before they are loaded."""
+    def product(self, lines, weights, slots, hidden, begin, end, per_cta, count, num_tokens, pairs, result, thread):
+        """For ``per_cta`` column tiles: sum over tiles begin .. end of 64 slots, written when complete.
+
+        The ring runs on from one column tile to the next. Rows of a tile are looked up one tile before they are loaded.
+        """
         place = self.ring.place(thread)
         chunk = (thread % 8) * 8
         weights = weights + cute.assume(chunk, divby=8)
@@ -104,23 +122,49 @@ class SparseDown:
             b_rows[i] = t if t < num_tokens else I32(-1)
         rows = cute.make_rmem_tensor((4,), I32)
         self.ring.clear(lines, rows, b_rows, thread)
+        steps = (end - begin) * per_cta
+        tile, column = begin, I32(0)  # the next to load
         for s in cutlass.range_constexpr(self.ring.stages - 1):
-            if begin + s < end:
-                self.look_up(slots, begin + s, count, rows, thread)
-                self.load_tile(lines, place + s * self.ring.stage_size, weights, rows, hidden, b_rows, begin + s)
+            if s < steps:
+                self.look_up(slots, tile, count, rows, thread)
+                self.load_tile(
+                    lines,
+                    place + s * self.ring.stage_size,
+                    weights + cute.assume(column, divby=LINE),
+                    rows,
+                    hidden,
+                    b_rows,
+                    tile,
+                )
+                tile += 1
+                if tile == end:
+                    tile = begin
+                    column += self.columns
             cute.arch.cp_async_commit_group()
-        self.look_up(slots, begin + (self.ring.stages - 1), count, rows, thread)
+        self.look_up(slots, tile, count, rows, thread)
+        acc = self.ring.accumulators()
         stage, fill = I32(0), I32(self.ring.stages - 1)
-        for tile in cutlass.range(begin, end, unroll=1):
+        left, done = end - begin, I32(0)  # tiles to add to this column tile; finished columns
+        for step in cutlass.range(steps, unroll=1):
             self.ring.wait_for_tile()
-            ahead = tile + (self.ring.stages - 1)
-            if ahead < end:
-                self.load_tile(lines, place + fill * self.ring.stage_size, weights, rows, hidden, b_rows, ahead)
+            if step + (self.ring.stages - 1) < steps:
+                offset = place + fill * self.ring.stage_size
+                self.load_tile(lines, offset, weights + cute.assume(column, divby=LINE), rows, hidden, b_rows, tile)
+                tile += 1
+                if tile == end:
+                    tile = begin
+                    column += self.columns
             cute.arch.cp_async_commit_group()
-            self.look_up(slots, ahead + 1, count, rows, thread)
+            self.look_up(slots, tile, count, rows, thread)
             self.ring.multiply(lines, stage, acc, thread)
             stage = self.ring.next_stage(stage)
             fill = self.ring.next_stage(fill)
+            left -= 1
+            if left == 0:
+                self.write(acc, pairs, num_tokens, result + done, thread)
+                acc.fill(0.0)
+                left = end - begin
+                done += self.columns
 
     @cute.jit
     def look_up(self, slots, tile, count, rows, thread):
@@ -142,31 +186,24 @@ class SparseDown:
         )
 
     @cute.jit
-    def write_partial(self, acc, pairs, num_tokens, split, num_pairs, column_tile, total, thread):
+    def write(self, acc, pairs, num_tokens, result, thread):
+        """One column tile: stored to the pairs' rows (deterministic), or added to the tokens' rows."""
         lane, warp = thread % 32, thread // 32
-        column = column_tile * self.columns + warp * 16 + lane // 4
+        column = warp * 16 + lane // 4
         for j in cutlass.range_constexpr(self.spec.token_block // 8):
             for c in cutlass.range_constexpr(2):
                 t = 8 * j + 2 * (lane % 4) + c
                 if t < num_tokens:
-                    row = total.iterator + (I64(split * num_pairs + pairs[t]) * self.spec.hidden_size + column)
+                    row = pairs[t]
+                    if cutlass.const_expr(not self.spec.deterministic):
+                        row = I32(U32(row) // self.spec.top_k)
+                    target = result + (I64(row) * self.spec.hidden_size + column)
                     for b in cutlass.range_constexpr(self.ring.blocks):
                         for h in cutlass.range_constexpr(2):
-                            (row + (b * LINE + 8 * h)).store(acc[(c, h, j), b])
-
-    @cute.jit
-    def write_atomic(self, acc, pairs, num_tokens, column_tile, total, thread):
-        lane, warp = thread % 32, thread // 32
-        column = column_tile * self.columns + warp * 16 + lane // 4
-        for j in cutlass.range_constexpr(self.spec.token_block // 8):
-            for c in cutlass.range_constexpr(2):
-                t = 8 * j + 2 * (lane % 4) + c
-                if t < num_tokens:
-                    token = I32(U32(pairs[t]) // self.spec.top_k)
-                    row = total.iterator + (I64(token) * self.spec.hidden_size + column)
-                    for b in cutlass.range_constexpr(self.ring.blocks):
-                        for h in cutlass.range_constexpr(2):
-                            reduce_add(row + (b * LINE + 8 * h), acc[(c, h, j), b])
+                            if cutlass.const_expr(self.spec.deterministic):
+                                (target + (b * LINE + 8 * h)).store(acc[(c, h, j), b])
+                            else:
+                                reduce_add(target + (b * LINE + 8 * h), acc[(c, h, j), b])
 
 
 class Combine:
@@ -194,15 +231,17 @@ class Combine:
             result = cute.make_rmem_tensor((8,), F32)
             if cutlass.const_expr(spec.deterministic):
                 result.fill(0.0)
-                value = cute.make_rmem_tensor((8,), F32)
-                for j in cutlass.range_constexpr(spec.top_k):
-                    pair = token * spec.top_k + j
-                    if kept[pair] == 1:
-                        for split in cutlass.range_constexpr(spec.config.down_splits):
+                values = cute.make_rmem_tensor((8, spec.top_k), F32)
+                for split in cutlass.range_constexpr(spec.config.down_splits):
+                    values.fill(0.0)
+                    for j in cutlass.range_constexpr(spec.top_k):  # all loads before the first use
+                        pair = token * spec.top_k + j
+                        if kept[pair] == 1:
                             row = I64(split * cute.size(kept) + pair) * spec.hidden_size + column
-                            cute.autovec_copy(vector(total.iterator, row), value)
-                            for i in cutlass.range_constexpr(8):
-                                result[i] = result[i] + value[i]
+                            cute.autovec_copy(vector(total.iterator, row), values[None, j])
+                    for j in cutlass.range_constexpr(spec.top_k):
+                        for i in cutlass.range_constexpr(8):
+                            result[i] = result[i] + values[i, j]
             else:
                 cute.autovec_copy(vector(total.iterator, I64(token) * spec.hidden_size + column), result)
             rounded = cute.make_rmem_tensor((8,), BF16)

@@ -17,7 +17,7 @@ import cutlass
 import cutlass.cute as cute
 
 from .primitives import BF16, F32, I32, I64, SmemAllocator, transform_up
-from .staged_common import LINE, ROWS, THREADS, StagedSpec, load_item
+from .staged_common import LINE, ROWS, THREADS, StagedSpec, item_fields, load_item
 
 
 class SparseUp:
@@ -34,7 +34,6 @@ class SparseUp:
         w13,
         topk_weights,
         items,
-        num_items,
         sorted_pairs,
         counts,
         neurons,
@@ -45,7 +44,7 @@ class SparseUp:
         stream,
     ):
         self.kernel(
-            tokens, w13, topk_weights, items, num_items, sorted_pairs, counts, neurons, gates, active, slots, hidden
+            tokens, w13, topk_weights, items, sorted_pairs, counts, neurons, gates, active, slots, hidden
         ).launch(
             grid=(self.spec.tiles, cute.size(items, mode=[0]), 1),
             block=(THREADS, 1, 1),
@@ -61,7 +60,6 @@ class SparseUp:
         w13: cute.Tensor,
         topk_weights: cute.Tensor,
         items: cute.Tensor,
-        num_items: cute.Tensor,
         sorted_pairs: cute.Tensor,
         counts: cute.Tensor,
         neurons: cute.Tensor,
@@ -79,7 +77,8 @@ class SparseUp:
         prefix = smem.allocate_tensor(I32, cute.make_layout((spec.tiles + 1,)), 16)
         slot_position = smem.allocate_tensor(I32, cute.make_layout((ROWS,)), 16)
         slot_neuron = smem.allocate_tensor(I32, cute.make_layout((ROWS,)), 16)
-        if item < num_items[0]:
+        expert, start, num_tokens = item_fields(items, item)
+        if num_tokens > 0:
             if thread < 32:
                 self.sum_counts(counts, item, prefix, thread)
             cute.arch.sync_threads()
@@ -87,7 +86,6 @@ class SparseUp:
             if block == 0 and thread == 0:
                 active[item] = total
             if block * ROWS < total:
-                expert, start, num_tokens = items[item, 0], items[item, 1], items[item, 2]
                 b_rows = load_item(spec, self.ring, topk_weights, sorted_pairs, start, num_tokens, weights, thread)
                 list_base = I64(item) * spec.capacity
                 if thread < ROWS:

@@ -319,6 +319,14 @@ class TileRing:
 
 
 @cute.jit
+def item_fields(items: cute.Tensor, item: cutlass.Int32):
+    """(expert, first position, number of tokens) of an item; no tokens: past the last item."""
+    fields = cute.make_rmem_tensor((4,), I32)
+    cute.autovec_copy(vector(items.iterator, item * 4, 4, 4), fields)
+    return fields[0], fields[1], fields[2]
+
+
+@cute.jit
 def load_item(
     spec: cutlass.Constexpr,
     ring: cutlass.Constexpr,

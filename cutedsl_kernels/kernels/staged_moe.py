@@ -46,7 +46,6 @@ class StagedMoE:
         expert_map: cute.Tensor,
         pair_threshold: cutlass.Float32,
         items: cute.Tensor,
-        num_items: cute.Tensor,
         sorted_pairs: cute.Tensor,
         kept: cute.Tensor,
         counts: cute.Tensor,
@@ -68,7 +67,6 @@ class StagedMoE:
             expert_map,
             pair_threshold,
             items,
-            num_items,
             sorted_pairs,
             kept,
             scaled,
@@ -76,14 +74,13 @@ class StagedMoE:
             stream,
         )
         self.gate_compact.launch(
-            tokens, w13, thresholds, topk_weights, items, num_items, sorted_pairs, counts, neurons, gates, stream
+            tokens, w13, thresholds, topk_weights, items, sorted_pairs, counts, neurons, gates, stream
         )
         self.sparse_up.launch(
             tokens,
             w13,
             topk_weights,
             items,
-            num_items,
             sorted_pairs,
             counts,
             neurons,
@@ -93,5 +90,5 @@ class StagedMoE:
             hidden,
             stream,
         )
-        self.sparse_down.launch(w2_rows, items, num_items, sorted_pairs, active, slots, hidden, total, stream)
+        self.sparse_down.launch(w2_rows, items, sorted_pairs, active, slots, hidden, total, stream)
         self.combine.launch(kept, total, out, stream)
