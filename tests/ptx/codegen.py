@@ -8,6 +8,7 @@ another block reads. The return value tells the scheduler what the block's last 
 
 from __future__ import annotations
 
+import collections
 import itertools
 import re
 from collections.abc import Callable
@@ -85,6 +86,8 @@ class Emitter:
         self.constants: dict[tuple[str, str], tuple[str, Any]] = {}
         self.index: dict[str, int] = {}
         self.instructions: list[Instruction] = []
+        words = (re.findall(r"%[\w$.@]+", x.text) for x in kernel.code if isinstance(x, Instruction))
+        self.mentions = collections.Counter(itertools.chain.from_iterable(words))
         self.begin()
 
     def begin(self) -> None:
@@ -104,6 +107,10 @@ class Emitter:
 
     def var(self) -> str:
         return f"t{next(self.fresh)}"
+
+    def is_dead(self, reg: str) -> bool:
+        """True for a destination that nothing reads."""
+        return reg == "_" or (reg.startswith("%") and self.mentions[reg] == 1)
 
     def line(self, code: str) -> None:
         self.lines.append(code)

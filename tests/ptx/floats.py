@@ -134,6 +134,17 @@ def _round_odd_sum(p: np.ndarray, c: np.ndarray) -> np.ndarray:
     return np.where(fix, bits + away, bits).view(f8)
 
 
+def directed(op: str, mode: str, a: np.ndarray, b: np.ndarray, c: np.ndarray | None = None) -> np.ndarray:
+    """add, sub, mul, fma of f32 rounded towards zero (rz), down (rm) or up (rp)."""
+    x, y = a.astype(f8), np.asarray(b).astype(f8)
+    if op == "mul":
+        return narrow(x * y, mode)
+    if op == "fma":
+        assert c is not None
+        x, y = x * y, np.asarray(c).astype(f8)
+    return narrow(_round_odd_sum(*np.broadcast_arrays(x, -y if op == "sub" else y)), mode)
+
+
 def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     """fma.rn: one rounding. The f32 product is exact in f64; a double rounding can only hurt half-way cases."""
     if a.dtype == f8:

@@ -49,8 +49,14 @@ class Result:
         return {r.kind for r in self.reports}
 
     def __str__(self) -> str:
-        head = f"{len(self.launches)} launch(es), {len(self.reports)} report(s)"
-        return "\n".join([head, *map(str, self.reports)])
+        groups: dict[tuple[object, ...], list[Report]] = {}
+        for r in self.reports:
+            groups.setdefault((r.kind, r.kernel, r.source or r.line), []).append(r)
+        out = [f"{len(self.launches)} launch(es), {len(self.reports)} report(s)"]
+        for found in groups.values():
+            more = f"\n    and at {len(found) - 1} more instruction(s) of that line" if len(found) > 1 else ""
+            out.append(str(found[0]) + more)
+        return "\n".join(out)
 
 
 class _Storage:
@@ -270,8 +276,8 @@ class DslProgram:
 
     def _module_variables(self, buffers: list[Buffer]) -> dict[str, int]:
         bases = {}
-        for v in self.module.globals:
-            base = GLOBAL_BASE + (len(buffers) << SLOT_BITS) + (1 << (SLOT_BITS - 1))
+        for k, v in enumerate(self.module.globals):
+            base = GLOBAL_BASE + ((MAX_BUFFERS - 1 - k) << SLOT_BITS) + (1 << (SLOT_BITS - 1))
             b = Buffer(v.name, v.size, base)
             b.data[b.inner] = np.frombuffer(v.data or bytes(v.size), np.uint8)
             b.flags[b.inner] |= INIT

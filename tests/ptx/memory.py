@@ -232,6 +232,13 @@ class Memory:
             )
         return None if ok.all() else ok
 
+    def check_alignment(self, addr: np.ndarray, ids: np.ndarray, size: int, pm: np.ndarray | None, idx: int) -> None:
+        bad = (addr & addr.dtype.type(size - 1)) != 0
+        if pm is not None:
+            bad &= pm
+        if bad.any():
+            self.m.report("misaligned vector load", idx, ids[bad], f"{size} bytes")
+
     # ---- plain accesses, called from generated code
     def load(
         self, space: str, addr: np.ndarray, ids: np.ndarray, size: int, count: int, pm: np.ndarray | None, idx: int,

@@ -42,9 +42,9 @@ def add_sub_mul(e: Emitter, x: Instruction, m: Mods) -> None:
             return e.write(x.args[0], f"F.half({_HALF_BINARY[x.op]}, {ty!r}, {args[0]}, {args[1]})", ty)
         expr = _INT_BINARY[x.op].format(*args)
         if rounding != "rn":
-            if ty == "f64" or x.op != "mul":
+            if ty == "f64":
                 raise Unsupported(f"rounding .{rounding}")
-            expr = f"F.narrow({args[0]}.astype(f8) * {args[1]}, {rounding!r})"
+            expr = f"F.directed({x.op!r}, {rounding!r}, {args[0]}, {args[1]})"
         return _finish(e, x, m, expr, ty, ftz=ftz, sat=sat)
     if x.op == "mul":
         return _multiply(e, x, m, ty, None)
@@ -82,14 +82,17 @@ def mad(e: Emitter, x: Instruction, m: Mods) -> None:
             raise Unsupported("integer fma")
         return _multiply(e, x, m, ty, x.args[3])
     ftz, sat = m.flag("ftz"), m.flag("sat")
-    m.need("rn")
+    rounding = m.need("rn", "rz", "rm", "rp")
+    if rounding != "rn" and ty != "f32":
+        raise Unsupported(f"rounding .{rounding}")
     args = _float_args(e, x, ty, ftz, 3)
     if ty in HALF:
         relu = m.flag("relu")
         if ftz or sat:
             raise Unsupported("modifier on half precision fma")
         return e.write(x.args[0], f"F.half_fma({ty!r}, {', '.join(args)}, {relu})", ty)
-    return _finish(e, x, m, f"F.fma({', '.join(args)})", ty, ftz=ftz, sat=sat)
+    call = "F.fma(" if rounding == "rn" else f"F.directed('fma', {rounding!r}, "
+    return _finish(e, x, m, f"{call}{', '.join(args)})", ty, ftz=ftz, sat=sat)
 
 
 @operation("mul24", "mad24")

@@ -27,7 +27,9 @@ def state_space(m: Mods) -> str:
 def cache_hints(m: Mods) -> bool:
     """Take cache operators and eviction priorities, which only concern speed. True: a policy operand follows."""
     for mod in list(m.left):
-        if mod in ("ca", "cg", "cs", "lu", "cv", "wb", "wt", "nc", "L2::64B", "L2::128B", "L2::256B") or mod.startswith(("L1::", "L2::evict")):
+        if mod in ("ca", "cg", "cs", "lu", "cv", "wb", "wt", "nc", "L2::64B", "L2::128B", "L2::256B") or mod.startswith(
+            ("L1::", "L2::evict")
+        ):
             m.left.remove(mod)
     return m.flag("L2::cache_hint")
 
@@ -70,6 +72,17 @@ def load(e: Emitter, x: Instruction, m: Mods) -> None:
     addr, v = _address(e, space, a), e.var()
     where = e.var()
     e.line(f"{where} = {addr}")
+    dead = [e.is_dead(d) for d in dest]
+    if any(dead) and not all(dead):
+        # the compiler widened the load over bytes it does not use: only the others are checked, one by one
+        e.line(f"S.memory.check_alignment({where}, ids, {size * count}, {e.mask}, {e.here})")
+        for i, d in enumerate(dest):
+            if not dead[i]:
+                at = f"{where} + {e.constant(i * size, TYPES['u32' if space == 'shared' else 'u64'])}"
+                e.line(f"{v} = S.load({space!r}, {at}, ids, {size}, 1, {e.mask}, {e.here}, {strong})")
+                e.arrays = True
+                e.write(d, f"{v}[0].view({_name(kind)})", kind)
+        return
     e.line(f"{v} = S.load({space!r}, {where}, ids, {size}, {count}, {e.mask}, {e.here}, {strong})")
     if strong:
         e.line(f"S.atomics.observe({space!r}, {where}, ids, {e.mask}, {order == 'acquire'})")

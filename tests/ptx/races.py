@@ -185,10 +185,16 @@ class Shadow:
         time = np.repeat(time, m)
         mixed = (old != -1) & (old != t) & (np.abs(ftime[at]) == time)  # several lanes since the last synchronisation
         flat[at] = np.where(mixed, -2 - t, t)
-        ftime[at] = np.where(returns, -time, time) if returns else time
-        clash = flat[at]
-        lost = (clash != t) & (clash >= 0)
-        flat[at[lost]] = -2 - t[lost]
+        ftime[at] = -time if returns else time
+        winner = flat[at]
+        winner = np.where(winner <= -2, -2 - winner, winner)
+        lost = winner != t  # several threads of this instruction met in one place
+        if lost.any():
+            other = lost & (self.m.cta_of[winner] != self.m.cta_of[t])
+            keep = gi[other] * self.columns + self.columns - 1
+            flat[keep], ftime[keep] = t[other], ftime[at[other]]
+            same = lost & ~other
+            flat[at[same]] = -2 - t[same]
 
     def _against_writer(
         self, g: np.ndarray, m: int, who: np.ndarray, agents: np.ndarray, idx: int, what: str, benign: Benign
