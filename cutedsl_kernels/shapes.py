@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .errors import UserError
+
 
 @dataclass(frozen=True)
 class MoEShape:
@@ -49,7 +51,7 @@ class MoEShape:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> MoEShape:
-        """Shape of the routed experts of a Hugging Face ``config.json`` (as a dict). ValueError if it is not an MoE."""
+        """Shape of the routed experts of a Hugging Face ``config.json`` (as a dict). UserError if it is not an MoE."""
         text = config.get("text_config") or config
         experts = _first(text, "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
         top_k = _first(text, "num_experts_per_tok", "num_experts_per_token", "top_k", "moe_top_k")
@@ -59,7 +61,7 @@ class MoEShape:
             values = {"experts": experts, "experts per token": top_k, "hidden_size": hidden, "intermediate_size": inter}
             missing = ", ".join(name for name, value in values.items() if value is None)
             kind = config.get("model_type") or config.get("architectures") or "unknown"
-            raise ValueError(f"config of type {kind} is not a Mixture-of-Experts model: no value for {missing}")
+            raise UserError(f"config of type {kind} is not a Mixture-of-Experts model: no value for {missing}")
         return cls(experts, top_k, hidden, inter)
 
 

@@ -8,19 +8,21 @@ the neuron threshold tau and the pair threshold rho.
 from __future__ import annotations
 
 import json
-import math
 import os
-import tempfile
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .errors import UserError
 
 FORMAT = "intra-expert-sparsity/1"
 PROFILE_FILENAME = "intra_expert_sparsity.json"
+
+# Whether a score counts the routing weight, for the scores made of act(gate) alone.
+ROUTER_WEIGHTED = {"gate": False, "gate-routed": True}
 
 
 class ProfileError(UserError):
@@ -88,20 +90,15 @@ class LayerTable(_Strict):
         return self
 
     def at(self, target: float) -> LayerThresholds:
-        """Thresholds for a target: linear between rows, from (0, 0, 0) to the first. ValueError past the last row."""
+        """Thresholds for a target: linear between rows, from (0, 0, 0) to the first. ProfileError past the last row."""
         if not 0 <= target <= self.targets[-1]:
-            raise ValueError(
+            raise ProfileError(
                 f"target_sparsity must lie in 0..{self.targets[-1]:g} (the profile's largest target), got {target:g}"
             )
         if target == 0:
             return LayerThresholds(0.0, 0.0)
-        below = (0.0, 0.0, 0.0)
-        for row in zip(self.targets, self.thresholds, self.pair_thresholds, strict=True):
-            if target <= row[0]:
-                share = (target - below[0]) / (row[0] - below[0]) if row[0] > below[0] else 1.0
-                return LayerThresholds(below[1] + share * (row[1] - below[1]), below[2] + share * (row[2] - below[2]))
-            below = row
-        raise AssertionError("unreachable: target was checked against the last row")
+        columns = [np.array((0.0, *column)) for column in (self.targets, self.thresholds, self.pair_thresholds)]
+        return LayerThresholds(*(float(np.interp(target, columns[0], column)) for column in columns[1:]))
 
 
 class SparsityProfile(_Strict):
@@ -114,7 +111,11 @@ class SparsityProfile(_Strict):
     created: Created
 
     @model_validator(mode="after")
-    def _layer_count(self) -> SparsityProfile:
+    def _consistent(self) -> SparsityProfile:
+        if self.score in ROUTER_WEIGHTED and self.router_weighted != ROUTER_WEIGHTED[self.score]:
+            raise ValueError(
+                f"router_weighted must be {str(ROUTER_WEIGHTED[self.score]).lower()} for the score {self.score!r}"
+            )
         if len(self.layers) != self.model.num_layers:
             raise ValueError(f"layers has {len(self.layers)} entries, model.num_layers says {self.model.num_layers}")
         return self
@@ -131,8 +132,6 @@ class SparsityProfile(_Strict):
             raise ProfileError(
                 f"the sparsity profile has no layer {layer!r} (it has {known!r}, ...): calibrate this model again"
             )
-        if not math.isfinite(target_sparsity):
-            raise ValueError(f"target_sparsity must lie in 0..{self.max_target:g}, got {target_sparsity}")
         return table.at(target_sparsity)
 
     def check_model(self, served: ModelIdentity, source: str | os.PathLike[str] = "sparsity profile") -> None:
@@ -187,15 +186,13 @@ class SparsityProfile(_Strict):
             raise ProfileError(f"{source}: {field}: {reason}: correct the field or calibrate again") from None
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the file atomically. OSError if the place cannot be written."""
+        """Writes the file, or leaves what was there: never half a file. ProfileError if the place cannot be written."""
         path = Path(path)
-        text = json.dumps(self.model_dump(), indent=1) + "\n"
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+            temporary.write_text(json.dumps(self.model_dump(), indent=1) + "\n", encoding="utf-8")
+            temporary.replace(path)
+        except OSError as error:
+            raise ProfileError(f"{path}: cannot write the sparsity profile: {error.strerror}") from None
+        finally:
+            temporary.unlink(missing_ok=True)

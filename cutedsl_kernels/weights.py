@@ -49,6 +49,8 @@ class ExpertWeights:
         ):
             if bias is None:
                 continue
+            if not isinstance(bias, torch.Tensor) or not bias.dtype.is_floating_point:
+                raise TypeError(f"{name} must be a float tensor, got {getattr(bias, 'dtype', type(bias).__name__)}")
             if tuple(bias.shape) != shape:
                 raise ValueError(f"{name} must be {shape}, got {_shape(bias)}")
             if bias.device != self.w13.device:
