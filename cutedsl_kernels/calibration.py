@@ -68,7 +68,9 @@ def expert_activations(
 
 
 def _bins(values: torch.Tensor, octaves: tuple[int, int], split: int) -> torch.Tensor:
-    """Bin of each fp32 value >= 0, int32; bin 0 also takes what lies below, the last one what lies above (and NaN)."""
+    """Bin of each fp32 value >= 0, int32; bin 0 also takes what lies below, the last one what lies above (and
+    NaN).
+    """
     bits = values.contiguous().view(torch.int32) >> (23 - split)
     count = (octaves[1] - octaves[0]) << split
     return (bits - ((octaves[0] + 127) << split)).clamp_(0, count - 1)
@@ -125,6 +127,15 @@ class LayerHistogram:
         if share == 0:
             return 0.0
         return _quantile(self.pairs.cpu().numpy().astype(np.float64), _edges(ROUTING_OCTAVES, PAIR_SPLIT), share)
+
+    def skippable(self, rho_cap: float | None) -> float:
+        """Share of pairs with r below ``rho_cap``: what may be skipped without passing it. None: 1."""
+        if rho_cap is None:
+            return 1.0
+        counts = self.pairs.cpu().numpy().astype(np.float64)
+        cumulative = np.concatenate([[0.0], np.cumsum(counts)])
+        total = cumulative[-1]
+        return float(np.interp(rho_cap, _edges(ROUTING_OCTAVES, PAIR_SPLIT), cumulative) / total) if total else 1.0
 
     def thresholds(self, target: float, *, score: str = "gate-routed", skip_pairs: float = 0.0) -> LayerThresholds:
         """tau and rho for a target share of inactive neurons, neurons of skipped pairs counted as inactive.

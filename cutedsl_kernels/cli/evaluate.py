@@ -64,9 +64,11 @@ def evaluate(
         finally:
             engine.shutdown()
         name = "profile" if path is None else path.stem
-        found = engine.profile
-        about = f"{found.score}, {found.calibration.tokens} calibration tokens" if found else ""
-        print_rows(console, f"{model}  ({name}: {about}; {rows[0].quality.positions} positions)", rows)
+        score = engine.profile.score if engine.profile else ""
+        print_rows(console, f"{model}: {name}, score {score}, {rows[0].quality.positions} positions", rows)
+        console.print(
+            "[dim]skipped: pairs skipped whole; flips: top-1 changed; bytes: expert bytes read for one token[/dim]"
+        )
         print_layers(console, rows)
         series[name if name not in series else str(path)] = rows
     if json_path is not None:

@@ -45,6 +45,7 @@ def start_engine(
     if limit is not None and isinstance(longest, int):
         limit = min(limit, longest)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     return SparseEngine(
         model,
         profile=path,

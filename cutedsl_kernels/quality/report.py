@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -60,36 +61,25 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def print_rows(console: Console, title: str, rows: Sequence[Row], extra_columns: dict[str, str] | None = None) -> None:
-    """The main table. ``extra_columns``: {key of Row.extra: heading}."""
-    table = Table(title=title, title_justify="left")
-    headings = [
-        "target",
-        "sparsity",
-        "layers (min..max)",
-        "pairs skipped",
-        "perplexity",
-        "KL mean",
-        "KL p99",
-        "flips",
-        "bytes, T=1",
-    ]
+    """The main table, 80 columns wide. ``extra_columns``: {key of Row.extra: heading}."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    headings = ["target", "sparsity", "skipped", "perplexity", "KL mean", "KL p99", "flips", "bytes"]
     for heading in [*headings, *(extra_columns or {}).values()]:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         q = row.quality
-        spread = [layer.sparsity for layer in row.layers.values()]
-        dense = row.target == 0
-        cells = [
-            "dense" if dense else f"{row.target:.1%}",
-            "" if dense else f"{row.sparsity:.1%}",
-            "" if dense or not spread else f"{min(spread):.1%}..{max(spread):.1%}",
-            "" if dense else f"{row.skipped_pairs:.1%}",
-            f"{q.perplexity:.3f}",
-            "" if dense else f"{q.kl_mean:.4f}",
-            "" if dense else f"{q.kl_p99:.3f}",
-            "" if dense else f"{q.flip_rate:.1%}",
-            "" if dense else f"1/{byte_gain_batch_1(row.sparsity, row.skipped_pairs):.2f}",
-        ]
+        cells = ["dense", "", "", f"{q.perplexity:.3f}", "", "", "", ""]
+        if row.target != 0:
+            cells = [
+                f"{row.target:.1%}",
+                f"{row.sparsity:.1%}",
+                f"{row.skipped_pairs:.1%}",
+                f"{q.perplexity:.3f}",
+                f"{q.kl_mean:.4f}",
+                f"{q.kl_p99:.3f}",
+                f"{q.flip_rate:.1%}",
+                f"1/{byte_gain_batch_1(row.sparsity, row.skipped_pairs):.2f}",
+            ]
         table.add_row(*cells, *("" if key not in row.extra else f"{row.extra[key]:.3g}" for key in extra_columns or {}))
     console.print(table)
 
@@ -99,14 +89,30 @@ def print_layers(console: Console, rows: Sequence[Row]) -> None:
     sparse = [row for row in rows if row.target != 0]
     if not sparse:
         return
-    table = Table(title="Realised sparsity per layer (pairs skipped)", title_justify="left")
+    names = list(sparse[0].layers)
+    head, tail = _shared_ends(names)
+    title = f"Realised sparsity per layer (pairs skipped): {head}*{tail}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("layer", overflow="fold")
     for row in sparse:
         table.add_column(f"{row.target:.1%}", justify="right", no_wrap=True)
-    for name in sparse[0].layers:
+    for name in names:
         cells = (row.layers[name] for row in sparse)
-        table.add_row(name, *(f"{cell.sparsity:.1%} ({cell.skipped_pairs:.0%})" for cell in cells))
+        short = name[len(head) : len(name) - len(tail)]
+        table.add_row(short, *(f"{cell.sparsity:.1%} ({cell.skipped_pairs:.0%})" for cell in cells))
     console.print(table)
+
+
+def _shared_ends(names: Sequence[str]) -> tuple[str, str]:
+    """What all names begin and end with, cut at dots; empty for a single name."""
+    if len(names) < 2:
+        return "", ""
+    parts = [name.split(".") for name in names]
+    same = [len(set(column)) == 1 for column in zip(*parts, strict=False)]
+    head = next((i for i, equal in enumerate(same) if not equal), 0)
+    backward = [len(set(column)) == 1 for column in zip(*(part[::-1] for part in parts), strict=False)]
+    tail = next((i for i, equal in enumerate(backward) if not equal), 0)
+    return "".join(f"{part}." for part in parts[0][:head]), "".join(f".{part}" for part in parts[0][-tail:] if tail)
 
 
 def write_json(path: str | os.PathLike[str], data: dict[str, Any]) -> None:

@@ -1,0 +1,254 @@
+"""Thresholds from recorded scores, and the pair threshold chosen together with them, on a model opened by hf.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from ..calibration import LayerHistogram
+from ..sparsity import LayerThresholds
+from .hf import Layer, MoEModel, Rule, Tap
+from .metrics import Comparison, Quality
+from .scores import Score, UpMoments, neuron_weights, row_norms
+from .traffic import LayerPairs, batch_bytes
+
+Sequences = Sequence[Sequence[int]]
+
+
+def record_moments(model: MoEModel, sequences: Sequences) -> dict[str, UpMoments]:
+    """Second moments of the up projection of every neuron, over the dense model's own tokens."""
+    found: dict[str, UpMoments] = {}
+
+    def make(layer: Layer) -> Tap:
+        moments = found[layer.name] = UpMoments(
+            layer.weights.num_experts, layer.weights.intermediate_size, layer.weights.device
+        )
+
+        def tap(
+            expert: int, token: torch.Tensor, r: torch.Tensor, a: torch.Tensor, u: torch.Tensor, active: torch.Tensor
+        ) -> None:
+            moments.observe(expert, u)
+
+        return tap
+
+    _run(model, sequences, make)
+    return found
+
+
+def record_scores(
+    model: MoEModel, sequences: Sequences, weights: Mapping[str, torch.Tensor | None], *, oracle: bool = False
+) -> dict[str, LayerHistogram]:
+    """Histograms of |act(gate)| * c (and of that times r) per layer; ``oracle``: of |act(gate) * up| * c."""
+    found: dict[str, LayerHistogram] = {}
+
+    def make(layer: Layer) -> Tap:
+        histogram = found[layer.name] = LayerHistogram(layer.weights.device)
+        c = weights[layer.name]
+
+        def tap(
+            expert: int, token: torch.Tensor, r: torch.Tensor, a: torch.Tensor, u: torch.Tensor, active: torch.Tensor
+        ) -> None:
+            magnitude = (a * u).abs() if oracle else a.abs()
+            histogram.observe(magnitude if c is None else magnitude * c[expert], r)
+
+        return tap
+
+    _run(model, sequences, make)
+    return found
+
+
+def _run(model: MoEModel, sequences: Sequences, make: Callable[[Layer], Tap]) -> None:
+    model.set_rules(None)
+    model.set_taps(make)
+    try:
+        for batch in model.batches(sequences):
+            model.log_probs(batch)
+    finally:
+        model.set_taps(None)
+
+
+def _rho_caps(model: MoEModel) -> dict[str, float]:
+    """Per layer, the least routing weight of a token's best expert since the rules were last set."""
+    return {name: layer.least_best_weight for name, layer in model.layers.items()}
+
+
+@dataclass
+class Scored:
+    """A score recorded on a model: what is needed to turn any sparsity into a rule for every layer."""
+
+    router_weighted: bool
+    weights: dict[str, torch.Tensor | None]
+    histograms: dict[str, LayerHistogram]
+    rho_caps: dict[str, float] = field(default_factory=dict)
+    oracle: bool = False
+
+    @classmethod
+    def record(
+        cls, model: MoEModel, sequences: Sequences, score: Score, moments: Mapping[str, UpMoments] | None = None
+    ) -> Scored:
+        """``moments`` are recorded here if the score needs them and they are not given."""
+        if score.calibrated and moments is None:
+            moments = record_moments(model, sequences)
+        weights: dict[str, torch.Tensor | None] = {}
+        for name, layer in model.layers.items():
+            rms = moments[name].rms(row_norms(layer.weights)[0]) if score.calibrated and moments else None
+            weights[name] = neuron_weights(score, layer.weights, rms)
+        histograms = record_scores(model, sequences, weights)
+        return cls(score.router_weighted, weights, histograms, _rho_caps(model))
+
+    @classmethod
+    def record_oracle(cls, model: MoEModel, sequences: Sequences, *, router_weighted: bool = True) -> Scored:
+        """Selection by the true size of a neuron's contribution, |act(gate) * up| * norm(down row)."""
+        weights: dict[str, torch.Tensor | None] = {name: layer.down_norms for name, layer in model.layers.items()}
+        histograms = record_scores(model, sequences, weights, oracle=True)
+        return cls(router_weighted, weights, histograms, _rho_caps(model), oracle=True)
+
+    def thresholds(
+        self, targets: float | Mapping[str, float], skip_pairs: float | Mapping[str, float] = 0.0
+    ) -> dict[str, LayerThresholds]:
+        """tau (on the score) and rho per layer, for a share of inactive neurons and a share of skipped pairs.
+
+        Both are numbers, or one per layer. No rho is above ``rho_caps``, so every calibration token keeps a pair.
+        """
+        kind = "gate-routed" if self.router_weighted else "gate"
+        found = {}
+        for name, histogram in self.histograms.items():
+            target = targets if isinstance(targets, float | int) else targets[name]
+            share = skip_pairs if isinstance(skip_pairs, float | int) else skip_pairs[name]
+            share = min(share, histogram.skippable(self.rho_caps.get(name)))
+            found[name] = histogram.thresholds(target, score=kind, skip_pairs=share)
+        return found
+
+    def rules(
+        self, targets: float | Mapping[str, float], skip_pairs: float | Mapping[str, float] = 0.0
+    ) -> dict[str, Rule]:
+        """What ``thresholds`` gives, as rules with a tau per neuron."""
+        return self.as_rules(self.thresholds(targets, skip_pairs))
+
+    def as_rules(self, thresholds: Mapping[str, LayerThresholds]) -> dict[str, Rule]:
+        found = {}
+        for name, (tau, rho) in thresholds.items():
+            c = self.weights[name]
+            found[name] = Rule(tau if c is None else tau / c, rho, self.router_weighted, self.oracle)
+        return found
+
+
+@dataclass
+class Evaluator:
+    """Compares rules with the dense model on fixed text; the dense model's log-probabilities are kept (bytes: 4 *
+    tokens * V).
+    """
+
+    model: MoEModel
+    sequences: Sequences
+    passes: int = 0
+    _dense: list[torch.Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.model.set_rules(None)
+        self._batches = list(self.model.batches(self.sequences))
+        self._dense = [self.model.log_probs(batch) for batch in self._batches]
+
+    def quality(self, rules: dict[str, Rule] | None) -> Quality:
+        """One pass over the text under ``rules``; realised sparsity is left in the layers' counters."""
+        self.model.set_rules(rules)
+        self.passes += 1
+        comparison = Comparison()
+        for batch, dense in zip(self._batches, self._dense, strict=True):
+            sparse = self.model.log_probs(batch)
+            following = batch[:, 1:].flatten().to(sparse.device)
+            comparison.add(following, dense[:, :-1].flatten(0, 1), sparse[:, :-1].flatten(0, 1))
+        return comparison.result()
+
+    def realised(self) -> tuple[float, float]:
+        """(sparsity, share of pairs skipped) of the last pass, averaged over layers."""
+        counters = [layer.counters for layer in self.model.layers.values()]
+        share = 1.0 / len(counters)
+        return sum(c.sparsity for c in counters) * share, sum(c.skipped_share for c in counters) * share
+
+
+@dataclass(frozen=True)
+class JointPoint:
+    """One way to reach a goal: share of pairs skipped, sparsity, bytes relative to dense, and the quality it has."""
+
+    skip_pairs: float
+    sparsity: float
+    bytes_share: float
+    quality: Quality
+
+
+def sparsity_for_bytes(skip_pairs: float, bytes_share: float) -> float | None:
+    """Sparsity s at which one token reads ``bytes_share`` of the dense bytes, (1 - q) / 3 + 2 (1 - s) / 3 with q the
+    share of skipped pairs; None if s is not in q..1.
+    """
+    sparsity = 1 - (3 * bytes_share - (1 - skip_pairs)) / 2
+    return sparsity if skip_pairs <= sparsity <= 1 else None
+
+
+def sparsity_for_batch_bytes(
+    scored: Scored, pairs: Mapping[str, LayerPairs], skip_pairs: float, bytes_share: float, batch: int, seed: int = 0
+) -> float | None:
+    """As sparsity_for_bytes, for ``batch`` tokens at once, on recorded pairs; bisection to 0.002."""
+
+    def share(sparsity: float) -> float:
+        generator = torch.Generator().manual_seed(seed)
+        limits = scored.thresholds(sparsity, skip_pairs)
+        parts = [batch_bytes(p, p.masks(*limits[name]), batch, generator, samples=4) for name, p in pairs.items()]
+        return sum(parts) / len(parts)
+
+    low, high = skip_pairs, 0.995
+    if share(high) > bytes_share or share(low) < bytes_share:
+        return None
+    while high - low > 0.002:
+        middle = (low + high) / 2
+        low, high = (middle, high) if share(middle) > bytes_share else (low, middle)
+    return high
+
+
+def joint_for_bytes(
+    evaluator: Evaluator,
+    scored: Scored,
+    bytes_share: float,
+    shares: Sequence[float],
+    *,
+    batch: int = 1,
+    pairs: Mapping[str, LayerPairs] | None = None,
+) -> list[JointPoint]:
+    """Quality of every share of skipped pairs at the same traffic, best first; empty if none can reach the goal.
+
+    ``pairs`` (record_pairs) is needed for ``batch`` > 1. Traffic is what the thresholds give on calibration text.
+    """
+    found = []
+    for share in shares:
+        if batch == 1:
+            sparsity = sparsity_for_bytes(share, bytes_share)
+        elif pairs is None:
+            raise ValueError("pairs must be given (record_pairs) for a batch of more than one token")
+        else:
+            sparsity = sparsity_for_batch_bytes(scored, pairs, share, bytes_share, batch)
+        if sparsity is not None:
+            found.append(JointPoint(share, sparsity, bytes_share, evaluator.quality(scored.rules(sparsity, share))))
+    return sorted(found, key=lambda point: point.quality.kl_mean)
+
+
+def joint_for_kl(
+    evaluator: Evaluator, scored: Scored, kl: float, shares: Sequence[float], *, tolerance: float = 0.005
+) -> list[JointPoint]:
+    """For each share of skipped pairs the highest sparsity whose mean KL stays within ``kl``, fewest bytes first."""
+    found = []
+    for share in shares:
+        point: JointPoint | None = None
+        low, high = share, 0.99
+        while high - low > tolerance:
+            middle = (low + high) / 2
+            quality = evaluator.quality(scored.rules(middle, share))
+            if quality.kl_mean <= kl:
+                low = middle
+                point = JointPoint(share, middle, ((1 - share) + 2 * (1 - middle)) / 3, quality)
+            else:
+                high = middle
+        if point is not None:
+            found.append(point)
+    return sorted(found, key=lambda point: point.bytes_share)
