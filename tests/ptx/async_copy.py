@@ -61,7 +61,7 @@ class AsyncCopies:
                 return
         data = self._fetch(src, ids, size, source_size, idx)
         if shared.shadow is not None:
-            shared.shadow.write(off, ids, size, idx, None, data)
+            shared.shadow.check_write(off, ids, size, idx, None, data)
         shared.mark(off, size, PENDING)
         self.pending.append(_Copies(ids, off, data, self.groups[ids].copy(), size, idx))
 
@@ -120,6 +120,6 @@ class AsyncCopies:
         shared = self.m.memory.shared
         shared.mark(c.off, c.size, 0, PENDING)
         if shared.shadow is not None:
-            shared.shadow.write(c.off, c.ids, c.size, c.idx, None, c.data)
+            shared.shadow.record_write(c.off, c.ids, c.size)
         shared.put(shared.d, c.off, c.size, c.data)
         shared.fill(c.off, c.size, VALID | INIT)

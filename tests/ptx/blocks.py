@@ -32,7 +32,7 @@ SPECIAL_REGISTERS = (
 
 @dataclass
 class Block:
-    """`head`: None, "warp" (needs the lanes of the mask together), "wait" (mbarrier.try_wait) or "wgmma".
+    """`head`: None, "warp" (needs the lanes of the mask together), "warpgroup" (four warps) or "wait" (mbarrier.try_wait).
     `kind`: how it ends: fall, bra, cbra, ret, cret, bar, trap."""
 
     instructions: list[Instruction]
@@ -52,6 +52,9 @@ class Block:
     defs: frozenset[int] = frozenset()
     names: dict[int, str] = field(default_factory=dict)
     live_out: set[int] = field(default_factory=set)
+    touches: frozenset[int] = frozenset()
+    registers: list[tuple[str, set[int], set[int]]] = field(default_factory=list)  # op, destinations, sources
+    wgmma_defs: frozenset[int] = frozenset()
     run: Callable[..., Any] = lambda *a: None
 
 
@@ -92,7 +95,7 @@ def split(kernel: Kernel) -> tuple[list[Block], dict[str, int]]:
             continue
         mask = _collective_mask(c)
         if c.op == "wgmma":
-            start("warp", mask)
+            start("warpgroup" if c.mods[0] == "mma_async" else "warp", mask)
         elif c.op == "mbarrier" and c.mods[0] == "try_wait":
             start("wait")
         elif mask is not None and mask != converged:

@@ -1,6 +1,6 @@
 """Vector clocks: who is known to have done what, so that races are found whatever the interleaving was.
 
-An agent is a warp, or the asynchronous engine of a CTA (bulk copies). Accesses carry the time of their agent; a
+An agent is a warp, or one of the two asynchronous engines of a CTA (cp.async that arrive on mbarriers; bulk copies). Accesses carry the time of their agent; a
 synchronisation publishes what an agent knows and another acquires it. All times come from one counter that grows with
 every synchronisation, so a barrier can say "everything up to now". Three planes of knowledge are kept:
 
@@ -46,13 +46,13 @@ class Clocks:
     """Clocks of one launch. Until CTAs synchronise with each other only knowledge inside a CTA is stored."""
 
     def __init__(self, ctas: int, warps: int):
-        self.warps, self.width, self.ctas = warps, warps + 1, ctas
+        self.warps, self.width, self.ctas = warps, warps + 2, ctas
         self.agents = ctas * self.width
         self.now = 1
         self.time = np.ones(self.agents, np.int32)
         self.full = False
         known = np.zeros((self.agents, self.width), np.int32)
-        known[:, warps] = FOREVER  # nothing asynchronous yet
+        known[:, warps:] = FOREVER  # nothing asynchronous yet
         self.planes: dict[str, np.ndarray] = {"known": known}
         self.extra: dict[tuple[str, int], dict[int, int]] = {}
         self.min_known = np.zeros(self.agents, np.int32)
@@ -110,10 +110,11 @@ class Clocks:
         self.time[agents] = self.now
 
     def start_async(self, cta: int) -> None:
-        """First asynchronous access of a CTA: from now on its engine's accesses must be waited for."""
+        """First asynchronous access of a CTA: from now on its engines' accesses must be waited for."""
         rows = self.planes["known"][cta * self.width : (cta + 1) * self.width]
-        col = self.column(cta * self.width + self.warps)
-        rows[:, col] = np.where(rows[:, col] == FOREVER, 0, rows[:, col])
+        first = self.column(cta * self.width + self.warps)
+        cols = rows[:, first : first + 2]
+        cols[cols == FOREVER] = 0
         self.min_known[cta * self.width : (cta + 1) * self.width] = rows[:, self._own(cta)].min(1)
 
     def publish(self, agent: int, threads: list[int] | None, planes: tuple[str, ...] | None = None) -> Knowledge:

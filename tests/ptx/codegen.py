@@ -275,6 +275,9 @@ class Program:
         raw, labels = blk.split(kernel)
         self.blocks = [self._emit(e, b, labels) for b in raw]
         blk.liveness(self.blocks)
+        self.wgmma_registers: frozenset[int] = frozenset()
+        if any(b.instructions[0].op == "wgmma" for b in self.blocks):
+            self._registers_in_flight(e)
         self.instructions = e.instructions
         self.registers = e.index
         self.register_types = {i: kernel.register_type(r) for r, i in e.index.items()}
@@ -309,6 +312,23 @@ class Program:
         b.defs = frozenset(e.slot(r) for r in e.defined)
         b.names = {e.slot(r): r for r in {*e.used, *e.defined} if e.is_register(r)}
         return b
+
+    def _registers_in_flight(self, e: Emitter) -> None:
+        """Which registers each instruction touches, for the rules of wgmma."""
+        operands: set[int] = set()
+        for b in self.blocks:
+            if b.instructions[0].op == "wgmma":
+                operands |= {e.slot(r) for r in re.findall(r"%[\w$@]+", b.instructions[0].text) if e.is_register(r)}
+        for b in self.blocks:
+            for x in b.instructions:
+                found = [{e.slot(r) for r in re.findall(r"[%\w$@]+", a) if e.is_register(r)} for a in x.args]
+                writes = x.op not in ("st", "red", "cp", "stmatrix", "bar", "barrier", "bra", "mbarrier", "wgmma")
+                sources = set().union(*found[writes:]) if found else set()
+                b.registers.append((x.op, found[0] if writes and found else set(), sources))
+            b.touches = frozenset().union(*(d | s for _, d, s in b.registers))
+            if b.instructions[0].op != "wgmma":
+                b.wgmma_defs = frozenset(operands).intersection(*[set().union(*(d for _, d, _ in b.registers))])
+        self.wgmma_registers = frozenset(operands)
 
     @staticmethod
     def _assemble(e: Emitter, i: int, b: blk.Block) -> str:

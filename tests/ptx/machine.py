@@ -18,6 +18,7 @@ from .parser import Instruction, Kernel, Module
 from .races import Shadow
 from .reports import Reports
 from .scalars import PtxError, register_dtype
+from .wgmma import WarpgroupMma
 
 u4, u8, i8 = np.uint32, np.uint64, np.int64
 
@@ -88,6 +89,7 @@ class Machine:
         self.load, self.store = self.memory.load, self.memory.store
         self.atomics, self.copies = Atomics(self), AsyncCopies(self)
         self.barriers, self.mbarriers = Barriers(self), MBarriers(self)
+        self.wgmma = WarpgroupMma(self)
         self.special = self._special_registers()
         live = set().union(*(b.uses for b in program.blocks))
         self.registers: list[np.ndarray | None] = [None] * len(program.registers)
@@ -101,14 +103,17 @@ class Machine:
         self.polling: np.ndarray | None = None  # set while the scheduler asks a try_wait whether it would succeed
 
     def _numbering(self) -> None:
-        """Thread codes 0..total-1 are threads, total + c is the asynchronous engine of CTA c."""
+        """Thread codes 0..total-1 are threads, total + 2c + e the asynchronous engines of CTA c: e = 0 for cp.async
+        (generic proxy), 1 for bulk copies (async proxy)."""
         t = np.arange(self.total)
         cta, warp = t // self.threads, t % self.threads // 32
-        engines = np.arange(self.ctas)
+        engines = np.arange(2 * self.ctas) // 2
         width = self.clocks.width
         self.cta_of = np.concatenate([cta, engines])
-        self.agent_of = np.concatenate([cta * width + warp, engines * width + self.warps]).astype(np.int32)
-        self.cluster_base = engines // self.cluster_size * self.cluster_size
+        self.agent_of = np.concatenate(
+            [cta * width + warp, engines * width + self.warps + np.arange(2 * self.ctas) % 2]
+        ).astype(np.int32)
+        self.cluster_base = np.arange(self.ctas) // self.cluster_size * self.cluster_size
 
     def _special_registers(self) -> dict[str, np.ndarray]:
         grid, block, cl = self.launch.grid, self.launch.block, self.launch.cluster
@@ -141,14 +146,17 @@ class Machine:
     def report(self, kind: str, idx: int, who: np.ndarray, detail: str = "") -> None:
         first = int(who[0])
         if first >= self.total:
-            first = (first - self.total) * self.threads
+            first = (first - self.total) // 2 * self.threads
         self.reports.add(kind, idx, first, len(who), detail)
 
     def thread_name(self, code: int) -> str:
         if code >= self.total:
-            return f"an asynchronous copy of CTA {code - self.total}"
+            return f"an asynchronous copy of CTA {(code - self.total) // 2}"
         t = code % self.threads
         return f"thread {t} (warp {t // 32}) of CTA {code // self.threads}"
+
+    def is_bulk_engine(self, code: np.ndarray) -> np.ndarray:
+        return (code >= self.total) & ((code - self.total) % 2 == 1)
 
     def instruction(self, idx: int) -> Instruction:
         return self.program.instructions[idx]

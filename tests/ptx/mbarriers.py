@@ -163,13 +163,13 @@ class MBarriers:
                     done = c.take(hit)
                     if m.check_races:
                         self._start_engines(np.unique(m.cta_of[done.ids]))
-                        done.ids = m.cta_of[done.ids] + m.total
+                        done.ids = m.total + 2 * m.cta_of[done.ids]
                     m.copies.finish(done)
                 if not hit.all():
                     keep.append(c.take(~hit))
             m.copies.pending = keep
             for cta in np.unique(m.cta_of[mine]).tolist():
-                self._engine_release(b, cta)
+                self._engine_release(b, cta, 0)
             if noinc:
                 self._count(b, len(mine), mine, o, idx)
 
@@ -177,9 +177,15 @@ class MBarriers:
         for c in ctas.tolist():
             self.m.clocks.start_async(c)
 
-    def _engine_release(self, b: MBarrier, cta: int) -> None:
+    def _engine_learns(self, thread: int) -> None:
+        """The engine starts a copy after what its issuer did and knew."""
+        clocks, issuer = self.m.clocks, int(self.m.agent_of[thread])
+        cta = issuer // clocks.width
+        clocks.acquire(cta * clocks.width + self.m.warps, clocks.publish(issuer, [thread]), cta)
+
+    def _engine_release(self, b: MBarrier, cta: int, engine: int) -> None:
         if self.m.check_races:
-            agent = cta * self.m.clocks.width + self.m.warps
+            agent = cta * self.m.clocks.width + self.m.warps + engine
             self._join(b, self.m.clocks.publish(agent, None, ("known",)), cta)
 
     # ---- waiting
@@ -232,7 +238,7 @@ class MBarriers:
                 continue
             if shared.shadow is not None and region.shadow is not None:
                 self._start_engines(m.cta_of[who])
-                shared.shadow.write(off, many, 16, idx)
+                shared.shadow.check_write(off, many, 16, idx)
                 region.shadow.read(soff, many, 16, idx)
             shared.mark(off, 16, PENDING)
             self.copies.append(_BulkCopy(found[0][1], int(off[0]), n, int(who[0]), region, int(soff[0]), idx))
@@ -259,8 +265,8 @@ class MBarriers:
             data = c.source.get(c.source.d, c.source_off + steps, 16)
             shared.mark(off, 16, 0, PENDING)
             if shared.shadow is not None:
-                shared.shadow.write(off, np.full(len(steps), m.total + cta), 16, c.idx, None, data)
-                self._engine_release(b, cta)
+                shared.shadow.record_write(off, np.full(len(steps), m.total + 2 * cta + 1), 16)
+                self._engine_release(b, cta, 1)
             shared.put(shared.d, off, 16, data)
             shared.fill(off, 16, VALID | INIT)
             b.tx -= c.size

@@ -244,3 +244,37 @@ def setmaxnreg(e: Emitter, x: Instruction, m: Mods) -> None:
     count = int(x.args[0], 0)
     if count % 8 or not 24 <= count <= 256:
         raise Unsupported(f"register count {count}")
+
+
+@operation("wgmma")
+def wgmma(e: Emitter, x: Instruction, m: Mods) -> None:
+    """9.7.15: bf16, f16 and fp8 inputs with f32 accumulators."""
+    what = m.need("fence", "mma_async", "commit_group", "wait_group")
+    if not (m.flag("sync") and m.flag("aligned")) or x.pred:
+        raise Unsupported("form")
+    if what == "fence":
+        return e.line("S.wgmma.fence(ids)")
+    if what == "commit_group":
+        return e.line("S.wgmma.commit(ids)")
+    if what == "wait_group":
+        return e.line(f"S.wgmma.wait(ids, {int(x.args[0], 0)})")
+    form, m.left = ".".join(m.left), []
+    d, a = e.vector(x.args[0]), e.vector(x.args[1])
+    in_registers = x.args[1].startswith("{")
+    values = ", ".join(e.full(q, "f32") for q in d)
+    av = ", ".join(e.full(q, "b32" if in_registers else "u64") for q in a)
+    scale_d = e.full(x.args[3], "pred")
+    numbers = [int(q, 0) for q in x.args[4:]]
+    scale, trans = numbers[:2], numbers[2:] or [0, 0]
+    if in_registers:
+        trans = [0, *trans[-1:]]
+    slots = {e.slot(q) for q in d}, {e.slot(q) for q in a} if in_registers else set()
+    v = e.var()
+    e.line(
+        f"{v} = S.wgmma.issue({form!r}, [{values}], [{av}], {e.full(x.args[2], 'u64')}, {scale_d}, "
+        f"({scale[0]}, {scale[1]}), ({trans[0]}, {trans[1]}), ids, {e.here}, ({slots[0]!r}, {slots[1]!r}))"
+    )
+    e.arrays = True
+    for i, q in enumerate(d):
+        e.write(q, f"{v}[{i}]", "f32")
+    return None

@@ -197,7 +197,7 @@ class _Body:
 
     def location(self, text: str) -> None:
         m = re.match(r"\.loc\s+(\d+)\s+(\d+)", text)
-        if m:
+        if m and len(self.scopes) == 1:  # inside inline asm the numbers count the lines of the asm text
             self.source = (self.files.get(int(m[1]), f"file {m[1]}"), int(m[2])) if int(m[2]) else None
 
     def statement(self, text: str) -> None:

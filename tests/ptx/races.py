@@ -63,9 +63,12 @@ class Shadow:
         self.shared = space == "shared"
 
     # ---- accesses. off: byte offsets; who: thread codes; all of `nbytes`, aligned
-    def read(self, off: np.ndarray, who: np.ndarray, nbytes: int, idx: int, strong: bool = False) -> None:
+    def read(
+        self, off: np.ndarray, who: np.ndarray, nbytes: int, idx: int, strong: bool = False, late: bool = False
+    ) -> None:
+        """A read. `late`: it was checked before and only lasts until now."""
         agents = self.m.agent_of[who]
-        if self.written and not self._passed(self.last_write, who, agents):
+        if not late and self.written and not self._passed(self.last_write, who, agents):
             g, m = off // self.granule, max(1, nbytes // self.granule)
             self._against_writer(g, m, who, agents, idx, "read", None)
             if not strong and self.atomics is not None:
@@ -82,6 +85,14 @@ class Shadow:
         values: np.ndarray | None = None,
     ) -> None:  # fmt: skip
         """A plain write of `values` (n, k). `benign()` tells where they equal what is there already."""
+        self.check_write(off, who, nbytes, idx, benign, values)
+        self.record_write(off, who, nbytes)
+
+    def check_write(
+        self, off: np.ndarray, who: np.ndarray, nbytes: int, idx: int, benign: Benign = None,
+        values: np.ndarray | None = None,
+    ) -> None:  # fmt: skip
+        """Would this write conflict? An asynchronous copy is checked when issued and recorded when it lands."""
         agents = self.m.agent_of[who]
         g, m = off // self.granule, max(1, nbytes // self.granule)
         if not (self._passed(self.last_write, who, agents) and self._passed(self.last_read, who, agents)):
@@ -93,19 +104,26 @@ class Shadow:
             self._flush()
             if self.readers is not None:
                 self._against(self.readers, g, m, who, agents, idx, "write after unsynchronised read", benign, False)
+        if len(off) > 1 and not (off[1:] - off[:-1] >= nbytes).all():
+            self._same_address(off, who, idx, values)
+
+    def _same_address(self, off: np.ndarray, who: np.ndarray, idx: int, values: np.ndarray | None) -> None:
+        """Two threads write one address in one instruction: fine only when they write the same."""
+        _, first, group = np.unique(off, return_index=True, return_inverse=True)
+        chosen = first[group]
+        clash = who != who[chosen]
+        if values is not None:
+            clash &= (values != values[chosen]).any(1)
+        if clash.any():
+            i = int(np.nonzero(clash)[0][0])
+            self._report("two threads write one address", idx, who[clash], int(off[i]), int(who[chosen[i]]))
+
+    def record_write(self, off: np.ndarray, who: np.ndarray, nbytes: int) -> None:
+        g, m = off // self.granule, max(1, nbytes // self.granule)
         self.writer.set(g, m, who)
-        self.wtime.set(g, m, self.clocks.time[agents])
+        self.wtime.set(g, m, self.clocks.time[self.m.agent_of[who]])
         self._mark(self.last_write, who)
         self.written = True
-        if len(off) > 1 and not (off[1:] - off[:-1] >= nbytes).all():
-            other = self.writer.get(g, m)
-            clash = other != who[:, None]
-            if clash.any() and values is not None:
-                _, first, group = np.unique(off, return_index=True, return_inverse=True)
-                clash &= (values != values[first[group]]).any(1)[:, None]
-            if clash.any():
-                i, j = np.argwhere(clash)[0]
-                self._report("two threads write one address", idx, who[clash.any(1)], off[i], int(other[i, j]))
 
     def atomic(self, off: np.ndarray, who: np.ndarray, nbytes: int, idx: int, returns: bool) -> None:
         """A strong write or read-modify-write: no conflict with other strong accesses."""

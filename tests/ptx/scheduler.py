@@ -83,6 +83,8 @@ class Scheduler:
                     continue
             n = m.total if act is None else len(act)
             ids = self.all if act is None else act
+            if m.program.wgmma_registers:
+                m.wgmma.before_block(b, ids)
             result = b.run(m, m.registers, self._index(act), n, ids)
             self.last_run[cur] = m.steps
             m.vector_instructions += len(b.instructions)
@@ -124,6 +126,8 @@ class Scheduler:
 
     def _ready(self, b: Block, ids: np.ndarray) -> np.ndarray:
         """Of the threads at a collective, those whose whole member mask has come."""
+        if b.head == "warpgroup":
+            return self._warpgroups(ids)
         if b.head != "warp" or not len(ids):
             return ids
         m = self.m
@@ -143,6 +147,15 @@ class Scheduler:
         ok = (here & need) == (need & ~gone)
         inside = (need[warp] >> lane.astype(np.uint32)) & np.uint32(1) != 0
         return ids[ok[warp] & inside]
+
+    def _warpgroups(self, ids: np.ndarray) -> np.ndarray:
+        """Of the threads at a wgmma, those whose four warps are complete."""
+        m = self.m
+        if len(ids) == m.total and m.threads % 128 == 0:
+            return ids
+        group = ids // m.threads * (m.threads // 128 + 1) + ids % m.threads // 128
+        _, inverse, count = np.unique(group, return_inverse=True, return_counts=True)
+        return ids[count[inverse] == 128]
 
     def _poll(self, b: Block, cur: int, act: np.ndarray | None, together: bool) -> tuple[np.ndarray | None, bool]:
         """mbarrier.try_wait: park the threads whose phase is not complete."""
