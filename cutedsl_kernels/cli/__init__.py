@@ -14,7 +14,7 @@ import typer
 
 from ..errors import UserError
 
-COMMANDS = ("calibrate", "evaluate", "generate", "doctor", "bench")
+COMMANDS = ("calibrate", "evaluate", "generate", "doctor", "bench", "autotune")
 
 # The base of all errors about the command line itself. typer has its own copy of click since 0.24 and click's before.
 _UsageMistake = typer.BadParameter.__mro__[2]

@@ -107,9 +107,12 @@ def compile_in_parallel(specs: Iterable[KernelSpec], processes: int | None = Non
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_hide_gpus) as pool:
         futures = {pool.submit(_compile_only, spec): spec for spec in missing}
-        for future in as_completed(futures):
-            error = future.exception()
-            yield futures[future], "" if error is None else str(error)
+        try:
+            for future in as_completed(futures):
+                error = future.exception()
+                yield futures[future], "" if error is None else str(error)
+        finally:  # a caller that stops early does not wait for what has not begun
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _hide_gpus() -> None:

@@ -1,0 +1,109 @@
+"""Timing on a device with the benchmarks' own routine: same inputs, same check, same CUDA graph, L2 cold."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from cutedsl_kernels.configs import Plan
+from cutedsl_kernels.cost_model import Gpu
+from cutedsl_kernels.environment import gpu_of
+
+from .space import Bin
+from .timers import DeviceSetup, PlanFailure, Sample
+
+if TYPE_CHECKING:
+    from cutedsl_kernels.bench import baselines, check, problems, timing
+    from cutedsl_kernels.bench import layer as bench_layer
+else:
+    try:
+        from cutedsl_kernels.bench import baselines, check, problems, timing
+        from cutedsl_kernels.bench import layer as bench_layer
+    except ModuleNotFoundError:  # a checkout that is not installed: bench/ lies beside autotune/
+        from bench import baselines, check, problems, timing
+        from bench import layer as bench_layer
+
+QUICK_REPLAYS, PRECISE_REPLAYS = 4, 12
+MEMORY_SHARE = 0.45
+
+
+class DeviceLost(RuntimeError):
+    """A CUDA error after which this process cannot go on."""
+
+
+class Measuring:
+    """Inputs of the current bin, and the references they are checked against."""
+
+    def __init__(self, setup: DeviceSetup) -> None:
+        self._setup, self._device = setup, torch.device(setup.device)
+        self.gpu = gpu_of(self._device) if self._device.type == "cuda" else Gpu(name="cpu")
+        dense = "the library's grouped product"
+        self._vllm: baselines.VllmTriton | None = None
+        if setup.dense == "vllm":
+            self._vllm, dense = baselines.VllmTriton(tune_seconds=0), "vLLM's fused_experts, its own config"
+        graph = "CUDA graph" if self._device.type == "cuda" else "host clock"
+        self.timing = (
+            f"{graph}, L2 cold, {setup.routing} routing, independent masks, median of {PRECISE_REPLAYS} replays; "
+            f"dense: {dense}"
+        )
+        self._layers: list = []
+        self._where: Bin | None = None
+
+    def time(self, where: Bin, plan: Plan, precise: bool) -> Sample:
+        try:
+            self._enter(where)
+            prepared = timing.prepare(self._calls(plan), self._device)
+            check.check(prepared, self._expected_dense if self._is_vllm(plan) else self._expected)
+            found = prepared.measure(PRECISE_REPLAYS if precise else QUICK_REPLAYS, 1.0 if precise else 0.3)
+        except check.WrongResult as wrong:
+            raise PlanFailure("wrong", str(wrong)) from None
+        except Exception as error:  # what a plan raises is its result
+            text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            if self._device.type == "cuda":
+                try:
+                    torch.cuda.synchronize()
+                except RuntimeError:
+                    raise DeviceLost(text) from error
+            raise PlanFailure("failed", text) from None
+        return Sample(found.median_us, found.iqr_us / found.median_us)
+
+    def _is_vllm(self, plan: Plan) -> bool:
+        return plan.kind == "dense" and self._vllm is not None
+
+    def _calls(self, plan: Plan) -> list[timing.Call]:
+        if self._is_vllm(plan):
+            assert self._vllm is not None
+            return self._vllm.own_calls(self._batch)
+        on_cpu = self._device.type == "cpu"
+        return bench_layer.sparse_calls(self._batch, self._cutoffs, Plan("cpu") if on_cpu else plan)
+
+    def _enter(self, where: Bin) -> None:
+        """Builds the inputs of another bin; weights are kept."""
+        if where == self._where:
+            return
+        layer, cpu = self._setup.layer, self._device.type == "cpu"
+        memory = 0.0 if cpu else torch.cuda.get_device_properties(self._device).total_memory * MEMORY_SHARE
+        copies = problems.copies_needed(layer.shape, where.num_tokens, 0.9, torch.bfloat16, memory)
+        missing = copies - len(self._layers)
+        if missing > 0:
+            seed = self._setup.seed + 1000 * len(self._layers)
+            self._layers += problems.make_weights(layer.shape, missing, self._device, torch.bfloat16, seed)
+        if self._where is None or self._where.num_tokens != where.num_tokens:
+            self._batch = problems.make_batch(
+                self._layers[:copies],
+                layer.shape.top_k,
+                where.num_tokens,
+                calls=self._setup.calls or problems.calls_for(layer.shape, where.num_tokens, self._device),
+                seed=self._setup.seed + where.num_tokens,
+                routing=self._setup.routing,
+                activation=layer.activation,
+                router_weight_on_input=layer.weight_on_input,
+                counted_calls=2,
+            )
+        self._where = None
+        self._cutoffs = self._batch.cutoffs(problems.Rule(where.sparsity, where.pair_skip, layer.router_weighted))
+        self._expected = check.expectations(self._batch, self._cutoffs)
+        if self._vllm is not None:
+            self._expected_dense = check.expectations(self._batch, self._batch.cutoffs(problems.Rule()))
+        self._where = where
