@@ -322,8 +322,10 @@ def _start(model: str, arguments: dict[str, Any]) -> Any:
         raise UserError(
             f"this command needs vLLM, which cannot be imported here ({error}): see docs/serving.md"
         ) from None
+    from . import register
     from .config import MethodError
 
+    register()  # vLLM finds the entry point of an installed package by itself; a source tree has none
     try:
         return LLM(model=model, **arguments)
     except MethodError as error:

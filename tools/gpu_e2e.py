@@ -1,0 +1,468 @@
+"""End-to-end decode speed through vLLM on an sm_90 GPU: stock dense, dense through our plans, and sparse.
+
+    python tools/gpu_e2e.py --quick      8 layers of Qwen3-30B-A3B, under 4 minutes: does it work, roughly how fast
+    python tools/gpu_e2e.py              both models in full: several minutes each
+    python tools/gpu_e2e.py --model qwen3.5-35b-a3b --modes stock routed --batches 1 8 --profile
+
+Random ("dummy") weights of the real shapes; router weights are scaled up so that routing weights spread as in trained
+models. The profile is calibrated in the engine on random tokens. Every mode runs in a process of its own: batches of
+prompts of --input random tokens, --output tokens decoded greedily, CUDA graphs on. Time per decoded token = (time
+with --output tokens - time with 1) / (output - 1), median of --repeats; prefill = time with 1 token.
+
+modes   stock   vLLM's own method
+        dense   this method at target 0
+        paper   |act(gate)| only, at --target (default: the model's published cutoff)
+        routed  times the routing weight, 90 % with 35 % of the pairs skipped
+
+Runs from a source tree without installation: needs torch, vLLM and the CuTe DSL on PYTHONPATH.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROUTED_TARGET, ROUTED_SKIP = 0.9, 0.35
+ROUTER_SCALE = 60.0  # dummy weights are uniform in +-1e-3: logits of standard deviation 0.03 become 1.6
+MODES = ("stock", "dense", "paper", "routed")
+
+_QWEN3 = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "attention_bias": False,
+    "decoder_sparse_step": 1,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "max_position_embeddings": 40960,
+    "mlp_only_layers": [],
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_attention_heads": 32,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 151936,
+}
+# Qwen3.5's text model has Qwen3-Next's structure (three linear-attention layers to one full, shared expert);
+# Qwen3.5's own class is multimodal and would need image processors that a checkpoint of random weights does not have.
+_QWEN35 = {
+    "architectures": ["Qwen3NextForCausalLM"],
+    "model_type": "qwen3_next",
+    "attention_bias": False,
+    "decoder_sparse_step": 1,
+    "full_attention_interval": 4,
+    "head_dim": 256,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 5120,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_value_head_dim": 128,
+    "max_position_embeddings": 32768,
+    "mlp_only_layers": [],
+    "moe_intermediate_size": 512,
+    "norm_topk_prob": True,
+    "num_attention_heads": 16,
+    "num_experts": 256,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 40,
+    "num_key_value_heads": 2,
+    "partial_rotary_factor": 0.25,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000000.0,
+    "shared_expert_intermediate_size": 512,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 248320,
+}
+MODELS: dict[str, tuple[dict[str, Any], float]] = {"qwen3-30b-a3b": (_QWEN3, 0.8), "qwen3.5-35b-a3b": (_QWEN35, 0.845)}
+COLUMNS = [
+    "date",
+    "revision",
+    "gpu",
+    "driver",
+    "torch",
+    "triton",
+    "vllm",
+    "model",
+    "architecture",
+    "layers",
+    "mode",
+    "target",
+    "sparsity",
+    "skipped_pairs",
+    "batch",
+    "input",
+    "output",
+    "step_ms",
+    "tokens_per_s",
+    "prefill_ms",
+    "baseline",
+    "ratio",
+    "prefill_ratio",
+]
+
+
+def source_tree(scratch: pathlib.Path) -> str:
+    """A folder to put on PYTHONPATH in which the package has the layout that an installation gives it."""
+    package = scratch / "tree" / "cutedsl_kernels"
+    package.mkdir(parents=True)
+    for child in (ROOT / "cutedsl_kernels").iterdir():
+        (package / child.name).symlink_to(child)
+    for name in ("autotune", "bench", "integration"):
+        (package / name).symlink_to(ROOT / name)
+    return str(package.parent)
+
+
+def engine_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "load_format": "dummy",
+        "skip_tokenizer_init": True,
+        "dtype": "bfloat16",
+        "max_model_len": max(args.input + args.output, 544),
+        "max_num_seqs": max(max(args.batches), 8),
+        "gpu_memory_utilization": 0.85,
+        "disable_log_stats": True,
+    }
+    if args.cuda:
+        found["attention_backend"] = "TRITON_ATTN"
+    if args.quick:  # graphs of the decode steps without torch.compile: half the time to start
+        found["compilation_config"] = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
+    return found
+
+
+def scale_routers(worker: Any) -> int:
+    """Runs in the worker: multiplies the weights of all routers in place. Returns how many there are."""
+    import torch
+
+    found = 0
+    for name, parameter in worker.get_model().named_parameters():
+        if name.endswith("mlp.gate.weight"):
+            with torch.no_grad():
+                parameter.mul_(ROUTER_SCALE)
+            found += 1
+    return found
+
+
+def random_prompts(count: int, length: int, vocabulary: int, seed: int) -> list[list[int]]:
+    import random
+
+    source = random.Random(seed)
+    return [[source.randrange(vocabulary) for _ in range(length)] for _ in range(count)]
+
+
+def stage_calibrate(args: argparse.Namespace) -> dict[str, Any]:
+    """Profiles for `paper` and `routed`, their realised sparsity, and checks of a layer against the definition."""
+    from cutedsl_kernels.integration.vllm.calibrate import make_profile, record
+    from cutedsl_kernels.integration.vllm.engine import SparseEngine
+
+    arguments = {**engine_arguments(args), "enforce_eager": True}
+    arguments.pop("compilation_config", None)
+    engine = SparseEngine(args.folder, record=True, **arguments)
+    routers = engine.llm.collective_rpc(scale_routers)
+    print("routers scaled:", routers, flush=True)
+    vocabulary = engine.model_config.get_vocab_size()
+    count = (16 if args.quick else 32) if args.cuda else 1
+    histograms = record(engine, random_prompts(count, 512, vocabulary, 1))
+    held_out = random_prompts(4 if args.cuda else 1, 512, vocabulary, 2)
+    result: dict[str, Any] = {"realised": {}}
+    for mode, score, skip, target in (
+        ("paper", "gate", 0.0, args.target),
+        ("routed", "gate-routed", ROUTED_SKIP, ROUTED_TARGET),
+    ):
+        profile = make_profile(
+            engine, histograms, text_sha256="0" * 64, max_len=512, score=score, skip_pairs=skip, targets=[0.5, target]
+        )
+        profile.save(pathlib.Path(args.folder) / f"{mode}.json")
+        engine.profile = profile
+        engine.set_target(target)
+        engine.reset_realised()
+        engine.set_counting(True)
+        engine.run(held_out)
+        engine.set_counting(False)
+        layers = engine.realised().values()
+        result["realised"][mode] = (
+            statistics.mean(layer.sparsity for layer in layers),
+            statistics.mean(layer.skipped_share for layer in layers),
+        )
+        print(mode, "realised sparsity, skipped pairs:", result["realised"][mode], flush=True)
+        result[f"checks_{mode}"] = engine.llm.collective_rpc(check_layer)[0]
+    return result
+
+
+def check_layer(worker: Any) -> list[str]:
+    """Runs in the worker: the first layer at several batch sizes against sparse_moe_ref; no synchronisation allowed
+    on the way.
+    """
+    import torch
+    from cutedsl_kernels.integration.vllm.method import run_layer
+
+    from cutedsl_kernels import sparse_moe_ref
+
+    layer, state = next(iter(worker._sparsity_states().values()))
+    weights = state.weights
+    lines = []
+    generator = torch.Generator(weights.device).manual_seed(0)
+    for num_tokens in (1, 3, 8, 33, 128, 512):
+        x = torch.randn(num_tokens, weights.hidden_size, generator=generator, device=weights.device).to(weights.dtype)
+        logits = 1.6 * torch.randn(num_tokens, layer.global_num_experts, generator=generator, device=weights.device)
+        topk_weights, ids = torch.topk(torch.softmax(logits, -1), state.top_k)
+        topk_weights = topk_weights / topk_weights.sum(-1, keepdim=True)
+        plan = state.plan(num_tokens) if weights.device.type == "cuda" else None
+        run_layer(layer, x, topk_weights, ids.int())
+        if plan is not None:
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            found = run_layer(layer, x, topk_weights, ids.int())
+        finally:
+            if plan is not None:
+                torch.cuda.set_sync_debug_mode("default")
+        dense = plan is not None and plan.kind == "dense"
+        expected = sparse_moe_ref(
+            x.float(),
+            type(weights)(weights.w13, weights.w2_rows),
+            topk_weights,
+            ids,
+            0.0 if dense else state.tau,
+            router_weighted=state.router_weighted,
+            pair_threshold=state.rho,
+        )
+        error = (found.float() - expected).norm() / expected.norm()
+        lines.append(f"{state.label} T={num_tokens} plan={plan} relative error {error:.2e}")
+        print(lines[-1], flush=True)
+    return lines
+
+
+def stage_measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Times of one mode: {batch: (ms per decoded step, ms of prefill)}."""
+    from cutedsl_kernels.integration.vllm.engine import SparseEngine
+    from vllm import SamplingParams
+
+    begun = time.perf_counter()
+    options: dict[str, Any] = {"dense": True}
+    if args.mode != "stock":
+        mode = "paper" if args.mode == "dense" else args.mode
+        target = {"dense": 0.0, "paper": args.target, "routed": ROUTED_TARGET}[args.mode]
+        options = {"profile": pathlib.Path(args.folder) / f"{mode}.json", "target": target}
+    engine = SparseEngine(args.folder, enforce_eager=False, **options, **engine_arguments(args))
+    print(args.mode, "routers scaled:", engine.llm.collective_rpc(scale_routers), flush=True)
+    print(f"{args.mode}: started in {time.perf_counter() - begun:.0f} s", flush=True)
+    if args.mode != "stock":
+        print(args.mode, "plans:", engine.llm.collective_rpc(plans_of)[0], flush=True)
+    vocabulary = engine.model_config.get_vocab_size()
+    times: dict[str, Any] = {}
+
+    def seconds(batch: int, tokens: int, seed: int) -> float:
+        prompts = [{"prompt_token_ids": p} for p in random_prompts(batch, args.input, vocabulary, seed)]
+        parameters = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True, detokenize=False)
+        start = time.perf_counter()
+        engine.generate(prompts, parameters)
+        return time.perf_counter() - start
+
+    for batch in args.batches:
+        seconds(batch, min(args.output, 8), 0)  # compiles vLLM's own kernels for these sizes
+        seconds(batch, 1, 1)
+        steps, prefills = [], []
+        for repeat in range(args.repeats):
+            prefill = seconds(batch, 1, 10 + 2 * repeat)
+            whole = seconds(batch, args.output, 11 + 2 * repeat)
+            prefills.append(1e3 * prefill)
+            steps.append(1e3 * (whole - prefill) / (args.output - 1))
+        times[str(batch)] = (statistics.median(steps), statistics.median(prefills))
+        step, prefill = times[str(batch)]
+        print(f"{args.mode} batch {batch}: {step:.3f} ms a step, prefill {prefill:.1f} ms", flush=True)
+    if args.profile:
+        profile_steps(engine, seconds, args)
+    return {"times": times}
+
+
+def plans_of(worker: Any) -> list[str]:
+    states = [state for _, state in worker._sparsity_states().values()]
+    return [f"{bucket}: {plan}" for bucket, plan in states[0].plans]
+
+
+def profile_steps(engine: Any, seconds: Any, args: argparse.Namespace) -> None:
+    """Prints where the device's time goes while decoding 32 tokens at each batch size."""
+    import torch
+
+    for batch in args.batches:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            seconds(batch, 32, 99)
+        print(f"profile of {args.mode}, batch {batch}")
+        print(profile.key_averages().table(sort_by="self_device_time_total", row_limit=14, max_name_column_width=70))
+
+
+def run_stage(
+    args: argparse.Namespace, stage: str, mode: str, folder: pathlib.Path, environment: dict[str, str]
+) -> Any:
+    """Runs one stage in a process of its own and returns its result, or None if it failed."""
+    result = folder / f"{stage}-{mode}.result.json"
+    command = [
+        sys.executable,
+        __file__,
+        "--stage",
+        stage,
+        "--mode",
+        mode,
+        "--folder",
+        str(folder),
+        "--result",
+        str(result),
+    ]
+    command += ["--input", str(args.input), "--output", str(args.output), "--repeats", str(args.repeats)]
+    command += ["--target", str(args.target), "--batches", *map(str, args.batches)]
+    command += [flag for flag, on in (("--quick", args.quick), ("--profile", args.profile)) if on]
+    begun = time.perf_counter()
+    status = subprocess.run(command, env=environment).returncode
+    print(f"== {stage} {mode}: exit {status}, {time.perf_counter() - begun:.0f} s", flush=True)
+    return json.loads(result.read_text()) if status == 0 and result.is_file() else None
+
+
+def facts() -> dict[str, str]:
+    import torch
+
+    found = {"date": datetime.date.today().isoformat(), "torch": torch.__version__}
+    revision = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    found["revision"] = revision.stdout.strip() or "unknown"
+    for module in ("triton", "vllm"):
+        version = subprocess.run(
+            [sys.executable, "-c", f"import {module}; print({module}.__version__)"], capture_output=True, text=True
+        )
+        found[module] = version.stdout.strip().splitlines()[-1] if version.stdout.strip() else ""
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        found["driver"] = subprocess.run(query, capture_output=True, text=True).stdout.strip()
+    return found
+
+
+def benchmark(
+    args: argparse.Namespace, name: str, writer: Any, scratch: pathlib.Path, environment: dict[str, str]
+) -> bool:
+    config, cutoff = MODELS[name]
+    layers = args.layers or (8 if args.quick else config["num_hidden_layers"])
+    if "full_attention_interval" in config:
+        layers = max(4, layers // 4 * 4)
+    folder = scratch / name
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers}))
+    args.target = args.target or cutoff
+    calibrated = run_stage(args, "calibrate", "profiles", folder, environment)
+    if calibrated is None:
+        return False
+    known = facts()
+    stock: dict[str, Any] = {}
+    complete = True
+    for mode in args.modes:
+        measured = run_stage(args, "measure", mode, folder, environment)
+        if measured is None:
+            complete = False
+            continue
+        stock = measured["times"] if mode == "stock" else stock
+        sparsity, skipped = calibrated["realised"].get(mode, (0.0, 0.0))
+        for batch, (step, prefill) in measured["times"].items():
+            row = {
+                **known,
+                "model": name,
+                "architecture": config["architectures"][0],
+                "layers": layers,
+                "mode": mode,
+                "target": {"paper": args.target, "routed": ROUTED_TARGET}.get(mode, 0.0),
+                "sparsity": f"{sparsity:.4f}",
+                "skipped_pairs": f"{skipped:.4f}",
+                "batch": batch,
+                "input": args.input,
+                "output": args.output,
+                "step_ms": f"{step:.4f}",
+                "tokens_per_s": f"{1e3 * int(batch) / step:.1f}",
+                "prefill_ms": f"{prefill:.2f}",
+                "baseline": "vllm stock" if batch in stock else "",
+                "ratio": f"{stock[batch][0] / step:.3f}" if batch in stock else "",
+                "prefill_ratio": f"{stock[batch][1] / prefill:.3f}" if batch in stock else "",
+            }
+            writer.writerow(row)
+            print(
+                f"{name} {mode:6} batch {batch:>4}: {step:8.3f} ms a step, {row['tokens_per_s']:>9} tokens/s, "
+                f"ratio {row['ratio']}",
+                flush=True,
+            )
+    return complete
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", nargs="*", choices=[*MODELS], help="default: both; with --quick the first")
+    parser.add_argument("--modes", nargs="*", choices=MODES, default=list(MODES))
+    parser.add_argument("--batches", nargs="*", type=int)
+    parser.add_argument("--input", type=int, default=128)
+    parser.add_argument("--output", type=int)
+    parser.add_argument("--repeats", type=int)
+    parser.add_argument("--layers", type=int, help="cut the model to this many layers")
+    parser.add_argument("--target", type=float, help="target sparsity of mode paper")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--profile", action="store_true", help="print a breakdown of the device's time for each mode")
+    parser.add_argument("--out", type=pathlib.Path, help="CSV to write; default: bench/results/e2e-<date>.csv")
+    for hidden in ("--stage", "--mode", "--folder", "--result"):
+        parser.add_argument(hidden, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.batches = args.batches or ([1, 8, 32] if args.quick else [1, 8, 32, 128])
+    args.output = args.output or (64 if args.quick else 256)
+    args.repeats = args.repeats or (2 if args.quick else 5)
+    if args.stage:
+        import torch
+
+        args.cuda = torch.cuda.is_available()
+        result = stage_calibrate(args) if args.stage == "calibrate" else stage_measure(args)
+        pathlib.Path(args.result).write_text(json.dumps(result))
+        return 0
+    names = args.model or ([next(iter(MODELS))] if args.quick else list(MODELS))
+    out = args.out or ROOT / "bench" / "results" / f"e2e-{datetime.date.today()}.csv"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="gpu-e2e-") as scratch_name, out.open("w", newline="") as file:
+        scratch = pathlib.Path(scratch_name)
+        environment = {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_NO_USAGE_STATS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_LOGGING_LEVEL": "WARNING",
+            "VLLM_USE_FLASHINFER_SAMPLER": "0",
+            **os.environ,
+        }
+        environment["PYTHONPATH"] = os.pathsep.join(
+            part for part in (source_tree(scratch), os.environ.get("PYTHONPATH")) if part
+        )
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        target = args.target
+        complete = True
+        for name in names:
+            args.target = target
+            complete &= benchmark(args, name, writer, scratch, environment)
+            file.flush()
+    print(f"figures: {out}")
+    return 0 if complete else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
