@@ -13,7 +13,8 @@ INSTALLED := $(VENV)/.installed-$(HASH)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 MODEL := models/tiny-olmoe
-PROMPT_TOKENS := 96
+DEMO_TARGET := 0.8
+COMMAND := HF_HUB_OFFLINE=1 VLLM_LOGGING_LEVEL=ERROR $(BIN)/cutedsl-kernels
 
 .PHONY: venv lint mypy test demo bench gpu clean
 
@@ -50,6 +51,27 @@ mypy: $(INSTALLED)
 # All engine tests share one worker (tests/conftest.py), so that two engines never run at once on two cores.
 test: $(INSTALLED)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadgroup $(PYTEST_ARGS)
+
+# Calibration and held-out text are different files of the standard library; the model was trained on neither.
+demo: $(INSTALLED)
+	@mkdir -p demo
+	@echo "[1/4] text of the calibration and held-out splits"
+	@$(BIN)/python tools/corpus.py --split calibration --out demo/calibration.txt --max-bytes 200000
+	@$(BIN)/python tools/corpus.py --split held-out --out demo/held-out.txt --max-bytes 200000
+	@i=0; $(BIN)/python tools/corpus.py --split held-out --list | head -2 | while read -r file; do \
+	  i=$$((i + 1)); head -c 400 "$$file" > demo/prompt-$$i.txt; done
+	@echo "[2/4] calibrate"
+	@$(COMMAND) calibrate $(MODEL) --text demo/calibration.txt --out demo/profile.json
+	@echo "[3/4] generate, dense and at $(DEMO_TARGET) sparsity"
+	@$(COMMAND) generate $(MODEL) --profile demo/profile.json --target $(DEMO_TARGET) --max-tokens 96 \
+	  --prompt-file demo/prompt-1.txt --prompt-file demo/prompt-2.txt
+	@echo "[4/4] evaluate on held-out text"
+	@$(COMMAND) evaluate $(MODEL) --profile demo/profile.json --text demo/held-out.txt \
+	  --json demo/quality.json --plot demo/quality.png
+	@echo "Written: demo/profile.json demo/quality.json demo/quality.png"
+
+bench: $(INSTALLED)
+	@$(COMMAND) bench
 
 gpu: $(INSTALLED)
 	@$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
