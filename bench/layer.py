@@ -203,6 +203,7 @@ class LayerBench:
             "baseline": reference[0] if reference else "",
             "baseline_us": f"{reference[1]:.2f}" if reference else "",
             "ratio": f"{reference[1] / timing.median_us:.3f}" if reference else "",
+            "pair_skip_target": f"{rule.pair_skip:g}",
             "pair_skip": f"{counts.pairs_skipped:.4f}",
             "router_weighted": str(int(rule.router_weighted)),
             "choice": choice,
@@ -243,6 +244,7 @@ class Point:
             "num_tokens": str(num_tokens),
             "routing": routing,
             "dtype": str(layer.dtype).removeprefix("torch."),
+            "iou_target": "" if iou is None else f"{iou:g}",
         }
         key = (layer, num_tokens, routing)
         if key not in bench.references:  # dense times depend on neither the rule nor the overlap of masks
