@@ -70,7 +70,8 @@ class StagedConfig:
     token_block: tokens of one expert handled at once. wgmma: 1 for wgmma, 0 for warp MMA. row_stages, row_atoms: tiles
     in the ring of the gate and up products, and 128-byte lines of each row in a tile. down_stages, down_atoms: the same
     for the down product, whose tile is 64 gathered rows by down_atoms lines. down_tiles: tiles of columns one CTA works
-    off in turn. down_splits: CTAs that share the active neurons of one item.
+    off in turn. down_splits: CTAs that share the active neurons of one item. overlap: 1 if a kernel may start while the
+    last CTAs of the one before it still run (programmatic dependent launch).
     """
 
     token_block: int = 16
@@ -81,6 +82,7 @@ class StagedConfig:
     down_atoms: int = 2
     down_tiles: int = 4
     down_splits: int = 1
+    overlap: int = 1
 
     def smem_bytes(self, intermediate_size: int) -> int:
         """Shared memory of the CTA that needs most, bytes: a ring, and up to four bytes for each 64 neurons."""
@@ -190,6 +192,7 @@ def _illegal_staged(config: StagedConfig, shape: MoEShape) -> str | None:
         "wgmma": (0, 1),
         "row_atoms": (1, 2),
         "down_atoms": (1, 2, 4),
+        "overlap": (0, 1),
     }
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:

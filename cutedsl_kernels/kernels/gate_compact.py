@@ -35,6 +35,7 @@ class GateCompact:
             stream=stream,
             min_blocks_per_mp=2,
             preferred_smem_carveout=100,
+            use_pdl=bool(self.spec.config.overlap),
         )
 
     @cute.kernel
@@ -53,6 +54,7 @@ class GateCompact:
         spec = self.spec
         thread, _, _ = cute.arch.thread_idx()
         tile, item, _ = cute.arch.block_idx()
+        self.spec.begin()
         smem = SmemAllocator()
         lines = self.ring.allocate(smem)
         weights = smem.allocate_tensor(F32, cute.make_layout((spec.token_block,)), 16)

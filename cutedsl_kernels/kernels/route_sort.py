@@ -70,6 +70,7 @@ class RouteSort:
     ):
         thread, _, _ = cute.arch.thread_idx()
         cta, _, _ = cute.arch.block_idx()
+        self.spec.begin()
         if cta == 0:
             self.sort(topk_ids, topk_weights, expert_map, pair_threshold, items, sorted_pairs, kept, thread)
         elif cutlass.const_expr(self.helpers > 0):

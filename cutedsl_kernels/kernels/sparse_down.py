@@ -46,6 +46,7 @@ class SparseDown:
             stream=stream,
             min_blocks_per_mp=2,
             preferred_smem_carveout=100,
+            use_pdl=bool(self.spec.config.overlap),
         )
 
     @cute.kernel
@@ -62,6 +63,7 @@ class SparseDown:
         spec = self.spec
         thread, _, _ = cute.arch.thread_idx()
         part, item, split = cute.arch.block_idx()
+        self.spec.begin()
         smem = SmemAllocator()
         lines = self.ring.allocate(smem)
         pairs = smem.allocate_tensor(I32, cute.make_layout((spec.token_block,)), 16)
@@ -124,7 +126,7 @@ class SparseDown:
         self.ring.clear(lines, rows, b_rows, thread)
         steps = (end - begin) * per_cta
         tile, column = begin, I32(0)  # the next to load
-        for s in cutlass.range_constexpr(self.ring.stages - 1):
+        for s in cutlass.range(self.ring.stages - 1, unroll=1):
             if s < steps:
                 self.look_up(slots, tile, count, rows, thread)
                 self.load_tile(
@@ -219,6 +221,7 @@ class Combine:
             grid=(cute.size(out, mode=[0]), (self.spec.hidden_size + width - 1) // width, 1),
             block=(THREADS, 1, 1),
             stream=stream,
+            use_pdl=bool(self.spec.config.overlap),
         )
 
     @cute.kernel
@@ -227,6 +230,7 @@ class Combine:
         thread, _, _ = cute.arch.thread_idx()
         token, part, _ = cute.arch.block_idx()
         column = (part * THREADS + thread) * 8
+        self.spec.begin()
         if column < spec.hidden_size:
             result = cute.make_rmem_tensor((8,), F32)
             if cutlass.const_expr(spec.deterministic):

@@ -51,6 +51,7 @@ class SparseUp:
             stream=stream,
             min_blocks_per_mp=2,
             preferred_smem_carveout=100,
+            use_pdl=bool(self.spec.config.overlap),
         )
 
     @cute.kernel
@@ -71,6 +72,7 @@ class SparseUp:
         spec = self.spec
         thread, _, _ = cute.arch.thread_idx()
         block, item, _ = cute.arch.block_idx()
+        self.spec.begin()
         smem = SmemAllocator()
         lines = self.ring.allocate(smem)
         weights = smem.allocate_tensor(F32, cute.make_layout((spec.token_block,)), 16)
@@ -159,7 +161,8 @@ class SparseUp:
         tiles = self.spec.tiles
         tile = I32(0)
         for bit in cutlass.range_constexpr((tiles - 1).bit_length()):
-            candidate = tile + (1 << ((tiles - 1).bit_length() - 1 - bit))
-            if candidate < tiles and prefix[candidate] <= slot:
+            step = 1 << ((tiles - 1).bit_length() - 1 - bit)
+            candidate = cutlass.min(tile + step, I32(tiles))  # prefix[tiles] is more than any slot
+            if prefix[candidate] <= slot:
                 tile = candidate
         return tile * ROWS + (slot - prefix[tile])

@@ -70,6 +70,12 @@ class StagedSpec:
         """Slots of one item's lists: every neuron of the expert, rounded up to whole tiles."""
         return self.tiles * ROWS
 
+    def begin(self) -> None:
+        """First thing in a kernel: waits for the kernel before it, and lets the next one get ready."""
+        if self.config.overlap:
+            cute.arch.griddepcontrol_wait()
+            cute.arch.griddepcontrol_launch_dependents()
+
     def row_ring(self) -> TileRing:
         """Ring of the gate and up products."""
         config = self.config
@@ -123,7 +129,7 @@ class TileRing:
         zero = cute.make_rmem_tensor((8,), BF16)
         zero.fill(0.0)
         place = self.place(thread)
-        for s in cutlass.range_constexpr(self.stages):
+        for s in cutlass.range(self.stages, unroll=1):
             for k in cutlass.range_constexpr(self.atoms if self.row_major else 1):
                 if cutlass.const_expr(self.row_major):
                     for i in cutlass.range_constexpr(4):
@@ -202,8 +208,8 @@ class TileRing:
         source_a = weights + cute.assume(chunk, divby=8)
         source_b = tokens + cute.assume(chunk, divby=8)
         self.clear(ring, a_rows, b_rows, thread)
-        for s in cutlass.range_constexpr(self.stages - 1):
-            if cutlass.const_expr(s < tiles):
+        for s in cutlass.range(self.stages - 1, unroll=1):
+            if s < tiles:
                 self.load_rows(ring, place + s * self.stage_size, source_a, a_rows, source_b, b_rows, s * step, depth)
             cute.arch.cp_async_commit_group()
         stage, fill = I32(0), I32(self.stages - 1)

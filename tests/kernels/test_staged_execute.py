@@ -1,0 +1,189 @@
+"""The staged path's PTX, executed on the CPU with memory and race checks, against the definition.
+
+Every scratch buffer and the output start out undefined (and hold NaN or impossible indices): reading what no kernel
+wrote is reported. Besides the result, every index list must be exactly the one that follows from the definition.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from cutedsl_kernels.compile.specs import fake_arguments, staged_spec
+from cutedsl_kernels.configs import Plan, StagedConfig, illegal_reason
+from cutedsl_kernels.shapes import MoEShape
+from tests.helpers import Problem, check_close, expert_traces, random_problem
+
+pytest.importorskip("cutlass")
+pytestmark = pytest.mark.execute
+
+SMALL = {"num_experts": 4, "top_k": 2, "hidden_size": 256, "intermediate_size": 136}
+DTYPES = {"int32": torch.int32, "float32": torch.float32, "bfloat16": torch.bfloat16}
+WARP = StagedConfig(wgmma=0, row_stages=3, down_stages=2)
+
+
+@functools.cache
+def build(run_ptx, spec):
+    return run_ptx.compile(spec.build(), *fake_arguments(spec, env_stream=False))
+
+
+def execute(run_ptx, problem: Problem, config: StagedConfig, deterministic: bool) -> dict[str, torch.Tensor]:
+    """Runs the path; returns the scratch tensors by name, and ``out``."""
+    weights, (tokens, top_k) = problem.weights, problem.topk_ids.shape
+    shape = MoEShape(weights.num_experts, top_k, weights.hidden_size, weights.intermediate_size)
+    assert illegal_reason(Plan("staged", config), shape, tokens, problem.activation) is None
+    on_input = problem.apply_router_weight_on_input
+    spec = staged_spec(
+        shape,
+        config,
+        activation=problem.activation,
+        router_weighted=problem.router_weighted,
+        weight_on_input=on_input,
+        has_expert_map=problem.expert_map is not None,
+        deterministic=deterministic,
+    )
+    tensors = {
+        name: torch.full(size, 0x7FFFFFFF if dtype == "int32" else float("nan"), dtype=DTYPES[dtype])
+        for name, (size, dtype) in config.workspace(shape, tokens, deterministic, on_input).items()
+    }
+    tensors["out"] = torch.full_like(problem.hidden_states, float("nan"))
+    result = run_ptx(
+        build(run_ptx, spec),
+        run_ptx.ReadOnly(problem.hidden_states),
+        run_ptx.ReadOnly(weights.w13),
+        run_ptx.ReadOnly(weights.w2_rows),
+        run_ptx.ReadOnly(problem.thresholds),
+        run_ptx.ReadOnly(problem.topk_ids),
+        run_ptx.ReadOnly(problem.topk_weights),
+        run_ptx.ReadOnly(torch.zeros(1, dtype=torch.int32) if problem.expert_map is None else problem.expert_map),
+        problem.pair_threshold,
+        *(run_ptx.Uninit(tensor) for tensor in tensors.values()),
+    )
+    assert len(result.launches) == 5
+    return tensors
+
+
+def check_lists(problem: Problem, config: StagedConfig, tensors: dict[str, torch.Tensor]) -> None:
+    """Items, sorted pairs and lists of active neurons, exactly."""
+    top_k, inter = problem.topk_ids.shape[1], problem.weights.intermediate_size
+    items, positions, kept = [], [], torch.zeros(problem.topk_ids.numel(), dtype=torch.int32)
+    for trace in expert_traces(problem):
+        pairs = trace.token * top_k + trace.slot
+        kept[pairs] = 1
+        for first in range(0, len(pairs), config.token_block):
+            block = slice(first, first + config.token_block)
+            items.append((trace.expert, len(positions), trace.active[block]))
+            positions += pairs[block].tolist()
+    assert tensors["sorted_pairs"][: len(positions)].tolist() == positions
+    assert torch.equal(tensors["kept"], kept)
+    for item, (expert, start, active) in enumerate(items):
+        assert tensors["items"][item].tolist() == [expert, start, len(active), 0]
+        union = active.any(0).nonzero().flatten()
+        assert tensors["active"][item] == len(union)
+        assert tensors["slots"][item, : len(union)].tolist() == union.tolist()
+        for tile, neurons in enumerate(torch.arange(inter).split(64)):
+            here = union[(union >= neurons[0]) & (union <= neurons[-1])]
+            assert tensors["counts"][item, tile] == len(here)
+            assert tensors["neurons"][item, 64 * tile : 64 * tile + len(here)].tolist() == here.tolist()
+    assert (tensors["items"][len(items) :] == 0).all()
+
+
+def run(run_ptx, seed: int, config: StagedConfig = WARP, deterministic: bool = False, **arguments: Any) -> None:
+    problem = random_problem(seed, **(SMALL | arguments))
+    tensors = execute(run_ptx, problem, config, deterministic)
+    check_lists(problem, config, tensors)
+    check_close(tensors["out"], problem)
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["atomics", "deterministic"])
+@pytest.mark.parametrize("num_tokens", [1, 3, 16, 17, 40])
+def test_numbers_of_tokens(run_ptx, seed: int, num_tokens: int, deterministic: bool) -> None:
+    run(run_ptx, seed, deterministic=deterministic, num_tokens=num_tokens)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.9, 1.0])
+def test_sparsities(run_ptx, seed: int, sparsity: float) -> None:
+    run(run_ptx, seed, num_tokens=11, sparsity=sparsity)
+
+
+def test_no_active_neuron_gives_zeros_in_both_reductions(run_ptx, seed: int) -> None:
+    for deterministic in (False, True):
+        problem = random_problem(seed, num_tokens=5, sparsity=1.0, **SMALL)
+        assert execute(run_ptx, problem, WARP, deterministic)["out"].eq(0).all()
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["atomics", "deterministic"])
+@pytest.mark.parametrize("skip_pairs", [0.3, 0.9, 1.0])
+def test_pair_thresholds(run_ptx, seed: int, skip_pairs: float, deterministic: bool) -> None:
+    run(run_ptx, seed, deterministic=deterministic, num_tokens=19, skip_pairs=skip_pairs)
+
+
+@pytest.mark.parametrize("routing", ["one-expert", "repeated", "zipf"])
+def test_routings(run_ptx, seed: int, routing: Any) -> None:
+    run(run_ptx, seed, num_tokens=21, routing=routing)
+
+
+def test_remote_and_invalid_experts(run_ptx, seed: int) -> None:
+    run(run_ptx, seed, deterministic=True, num_tokens=23, remote_experts=True, invalid_ids=True)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "swigluoai"])
+def test_activations(run_ptx, seed: int, activation: str) -> None:
+    run(run_ptx, seed, num_tokens=6, activation=activation, intermediate_size=72, hidden_size=128)
+
+
+def test_routing_weight_on_the_input_and_thresholds_without_it(run_ptx, seed: int) -> None:
+    options = {"apply_router_weight_on_input": True, "router_weighted": False, "top_k": 1}
+    run(run_ptx, seed, num_tokens=18, **options)
+
+
+SHAPES = {
+    "one expert, one neuron tile, tail of 8": {"num_experts": 1, "top_k": 1, "intermediate_size": 8, "hidden_size": 64},
+    "H odd number of lines, top-5": {"hidden_size": 320, "intermediate_size": 64, "num_experts": 8, "top_k": 5},
+    "37 experts, most empty": {"num_experts": 37, "hidden_size": 64, "intermediate_size": 72},
+    "more tiles than lanes": {"num_experts": 2, "hidden_size": 64, "intermediate_size": 33 * 64 + 8},
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes(run_ptx, seed: int, name: str) -> None:
+    run(run_ptx, seed, replace(WARP, down_atoms=1), num_tokens=7, **SHAPES[name])
+
+
+CONFIGS = {
+    "32 tokens": replace(WARP, token_block=32),
+    "64 tokens, 2 stages": replace(WARP, token_block=64, row_stages=2),
+    "256-byte pieces of rows": replace(WARP, row_atoms=2, down_atoms=4, down_stages=3),
+    "more stages than tiles": replace(WARP, row_stages=6, down_stages=5),
+    "column tiles not divisible": replace(WARP, down_atoms=1, down_tiles=3),
+    "more splits than tiles, no overlap": replace(WARP, down_splits=5, overlap=0),
+}
+
+
+@pytest.mark.parametrize("number", range(len(CONFIGS)), ids=list(CONFIGS))
+def test_configs(run_ptx, seed: int, number: int) -> None:
+    run(run_ptx, seed, list(CONFIGS.values())[number], deterministic=number % 2 == 0, num_tokens=37)
+
+
+WGMMA = replace(WARP, wgmma=1)
+WGMMA_CONFIGS = {
+    "16 tokens": WGMMA,
+    "32 tokens, 256-byte pieces of rows": replace(WGMMA, token_block=32, row_atoms=2, down_atoms=4),
+    "64 tokens, column tiles not divisible": replace(WGMMA, token_block=64, down_atoms=1, down_tiles=3),
+}
+
+
+@pytest.mark.parametrize("number", range(len(WGMMA_CONFIGS)), ids=list(WGMMA_CONFIGS))
+def test_wgmma(run_ptx, seed: int, number: int) -> None:
+    config = list(WGMMA_CONFIGS.values())[number]
+    for num_tokens, routing in ((5, "uniform"), (37, "zipf"), (33, "one-expert")):
+        run(run_ptx, seed, config, number % 2 == 0, num_tokens=num_tokens, routing=routing, sparsity=0.7)
+
+
+def test_deterministic_reduction_has_no_atomics(run_ptx) -> None:
+    spec = staged_spec(MoEShape(4, 2, 256, 136), WARP, deterministic=True)
+    assert not any(word in build(run_ptx, spec).ptx for word in ("red.global", "atom.global"))
