@@ -56,6 +56,7 @@ from .primitives import (
 from .routing import PairTable
 
 GATE_BARRIER, ROW_BARRIER = 1, 2  # named barriers; 0 is the CTA's
+GROUP_NEURONS = 64  # neurons after which the blocks of one expert take turns
 SLOTS = 8  # K of the down MMA: active rows that one pass of it takes at most
 TOKENS = TOKEN_BLOCK  # the N of the MMAs
 
@@ -93,8 +94,12 @@ class FusedDecode:
         self.units = hidden_size // 32  # one ldmatrix.x4 of x covers 32 columns
         self.gate_units = -(-self.units // self.gate_warps)
         self.row_units = -(-self.units // self.row_warps)
+        shares = (self.gate_units * self.gate_warps, self.row_units * self.row_warps)
+        self.ragged = shares != (self.units, self.units)  # some warp's share reaches past the hidden dimension
         self.pitch = hidden_size + 8  # elements of a padded row in shared memory
         self.keep_sums = bool(config.keep_sums)
+        self.replicas = config.replicas
+        self.group = max(1, GROUP_NEURONS // self.NT)  # tiles of a block before the expert's next block has its turn
 
     @cute.jit
     def __call__(
@@ -114,8 +119,8 @@ class FusedDecode:
         stream: cuda.CUstream,
     ):
         """hidden_states [T, H] bf16, w13 [E, 2I, H] bf16, w2_rows [E, I, H] bf16, thresholds [E, I] fp32, topk_ids [T, k]
-        int32, topk_weights [T, k] fp32, expert_map [E_global] int32 (unused without has_expert_map), accum [>= T, H] fp32
-        and counters [>= T] int32, zero on entry and on exit, out [T, H] bf16."""
+        int32, topk_weights [T, k] fp32, expert_map [E_global] int32 (unused without has_expert_map), accum
+        [>= replicas * T, H] fp32 and counters [>= T] int32, zero on entry and on exit, out [T, H] bf16."""
         self.kernel(
             hidden_states,
             w13,
@@ -128,7 +133,7 @@ class FusedDecode:
             counters,
             out,
             pair_threshold,
-        ).launch(grid=(num_ctas, 1, 1), block=(self.threads, 1, 1), stream=stream, min_blocks_per_mp=1)
+        ).launch(grid=(num_ctas, 1, 1), block=(self.threads, 1, 1), stream=stream, min_blocks_per_mp=1, use_pdl=True)
 
     # ---- one CTA -----------------------------------------------------------------------------------------------------
 
@@ -190,7 +195,7 @@ class FusedDecode:
         self.table.build(
             topk_ids, topk_weights, expert_map, pair_threshold, pair_expert, first_block, thread, self.threads
         )
-        self.clear_unrouted(pair_expert, out, thread, cta, num_ctas)
+        cute.arch.griddepcontrol_launch_dependents()
 
         items = first_block[self.E] * self.tiles
         first = I32(U32(items) * U32(cta) // U32(num_ctas))
@@ -208,6 +213,8 @@ class FusedDecode:
                 first, last, block_of, thread - 32 * self.gate_warps, warp - self.gate_warps, row_ring, row_full,
                 row_empty, up_sums, products, coefficients, list_size, list_full, list_empty, accum, counters, out,
                 complete,
+                cta,
+                num_ctas,
             )  # fmt: skip
         elif warp == self.gate_warps + self.row_warps:
             self.gate_producer(first, last, block_of, x, w13, gate_ring, gate_full, gate_empty)
@@ -225,19 +232,41 @@ class FusedDecode:
         """Zeros for tokens that no pair computes here."""
         for token in cutlass.range(cta, cute.size(out, mode=[0]), num_ctas, unroll=1):
             if self.table.pairs_of_token(token, pair_expert) == 0:
-                for column in cutlass.range(thread, self.H, self.threads, unroll=1):
+                for column in cutlass.range(thread, self.H, 32 * self.row_warps, unroll=1):
                     out[token, column] = BF16(0.0)
 
     @cute.jit
-    def find_block(self, block, block_of, with_weights: cutlass.Constexpr):
-        """(expert, pairs in the block); fills this warp's tokens and, if asked, weights."""
+    def locate(self, item, expert, block_of):
+        """(block, tile, expert) of an item; ``expert``: where to look first.
+
+        The items of an expert with one block are its tiles. Several blocks of one expert take turns every ``group``
+        tiles, so that the later ones find the gate rows in L2.
+        """
+        first_block, lane = block_of[3], block_of[6]
+        block = I32(U32(item) // self.tiles)
+        first, last = first_block[expert], first_block[expert + 1]
+        if block < first or block >= last:
+            expert = self.table.expert_of_block(block, first_block, lane)
+            first, last = first_block[expert], first_block[expert + 1]
+        tile = item - block * self.tiles
+        if last - first > 1:
+            inside = item - first * self.tiles
+            tile0 = I32(U32(inside) // U32((last - first) * self.group)) * self.group
+            width = cutlass.min(I32(self.group), self.tiles - tile0)
+            rest = inside - tile0 * (last - first)
+            turn = I32(U32(rest) // U32(width))
+            block = first + turn
+            tile = tile0 + rest - turn * width
+        return block, tile, expert
+
+    @cute.jit
+    def enter_block(self, block, expert, block_of, with_weights: cutlass.Constexpr):
+        """Fills this warp's tokens and, if asked, weights; returns the number of pairs in the block."""
         num_pairs, topk_weights, pair_expert, first_block, tokens, weights, lane = block_of
-        expert = self.table.expert_of_block(block, first_block, lane)
         rank = (block - first_block[expert]) * TOKENS
-        count = self.table.pairs_of_block(
+        return self.table.pairs_of_block(
             expert, rank, num_pairs, topk_weights, pair_expert, tokens, weights, lane, with_weights
         )
-        return expert, count
 
     # ---- producers ---------------------------------------------------------------------------------------------------
 
@@ -258,14 +287,14 @@ class FusedDecode:
         stage, phase = I32(0), I32(0)
         current, expert, count = I32(-1), I32(0), I32(0)
         for item in cutlass.range(first, last, unroll=1):
-            block = I32(U32(item) // self.tiles)
+            block, tile, expert = self.locate(item, expert, block_of)
             if block != current:
                 current = block
-                expert, count = self.find_block(block, block_of, False)
+                count = self.enter_block(block, expert, block_of, False)
                 row = I64(tokens[cutlass.min(lane, count - 1)]) * self.H
                 self.copy_rows(x.iterator, row, count, ring, stage, self.stage_rows, full, empty, phase, lane)
                 stage, phase = self.advance(stage, phase, self.gate_stages)
-            neuron = (item - block * self.tiles) * self.NT
+            neuron = tile * self.NT
             for _ in cutlass.range(self.stages_of_tile(neuron), unroll=1):
                 rows = cutlass.min(I32(self.stage_rows), self.I - neuron)
                 row = (I64(expert) * (2 * self.I) + I64(neuron + lane)) * self.H
@@ -282,10 +311,10 @@ class FusedDecode:
         slot, slot_phase = I32(0), I32(0)
         current, expert, count = I32(-1), I32(0), I32(0)
         for item in cutlass.range(first, last, unroll=1):
-            block = I32(U32(item) // self.tiles)
+            block, tile, expert = self.locate(item, expert, block_of)
             if block != current:
                 current = block
-                expert, count = self.find_block(block, block_of, False)
+                count = self.enter_block(block, expert, block_of, False)
                 for start in cutlass.range(0, count, self.chunk, unroll=1):
                     rows = cutlass.min(I32(self.chunk), count - start)
                     row = I64(tokens[start + cutlass.min(lane, rows - 1)]) * self.H
@@ -332,7 +361,7 @@ class FusedDecode:
             unit = warp * units + u
             column = cutlass.min(unit, I32(self.units - 1)) * 32 + (lane >> 3) * 8
             cute.copy(load, vector(ring.iterator, row * self.pitch + column), fragments[None, u])
-            if cutlass.const_expr(self.units % units != 0):
+            if cutlass.const_expr(self.ragged):
                 if unit >= self.units:
                     for i in cutlass.range_constexpr(8):
                         fragments[i, u] = BF16(0.0)
@@ -352,7 +381,7 @@ class FusedDecode:
         address = (stage_row + row_of_lane) * self.pitch + (lane >> 4) * 8
         for u in cutlass.range_constexpr(units):
             unit = warp * units + u
-            if cutlass.const_expr(self.units % units != 0):
+            if cutlass.const_expr(self.ragged):
                 unit = cutlass.min(unit, I32(self.units - 1))
             for half in cutlass.range_constexpr(2):
                 rows = cute.make_rmem_tensor((8,), BF16)
@@ -380,16 +409,16 @@ class FusedDecode:
         row_of_lane = lane % self.stage_rows if cutlass.const_expr(self.stage_rows == 16) else lane & 7
         token = lane % 8
         for item in cutlass.range(first, last, unroll=1):
-            block = I32(U32(item) // self.tiles)
+            block, tile, expert = self.locate(item, expert, block_of)
             if block != current:
                 current = block
-                expert, count = self.find_block(block, block_of, True)
+                count = self.enter_block(block, expert, block_of, True)
                 cute.arch.mbarrier_wait(full + stage, phase)
                 row = stage * self.stage_rows + cutlass.min(lane & 7, count - 1)
                 self.load_x(ring, row, count, warp, lane, self.gate_units, weights, x)
                 self.release(empty + stage, lane)
                 stage, phase = self.advance(stage, phase, self.gate_stages)
-            neuron0 = (item - block * self.tiles) * self.NT
+            neuron0 = tile * self.NT
             tau = cute.make_rmem_tensor((rounds,), F32)
             for i in cutlass.range_constexpr(rounds):
                 neuron = neuron0 + warp * per_warp + i * 4 + lane // 8
@@ -468,9 +497,10 @@ class FusedDecode:
     @cute.jit
     def up_down_role(
         self, first, last, block_of, thread, warp, ring, full, empty, up_sums, products, coefficients, list_size,
-        list_full, list_empty, accum, counters, out, complete,
+        list_full, list_empty, accum, counters, out, complete, cta, num_ctas,
     ):  # fmt: skip
         tokens, weights, lane = block_of[4], block_of[5], block_of[6]
+        self.clear_unrouted(block_of[2], out, thread, cta, num_ctas)
         stage, phase = I32(0), I32(0)
         slot, slot_phase = I32(0), I32(0)
         current, expert, count, tiles_done = I32(-1), I32(0), I32(0), I32(0)
@@ -478,14 +508,14 @@ class FusedDecode:
         sums = cute.make_rmem_tensor((4, 2, self.row_units), F32)
         sums.fill(0.0)
         for item in cutlass.range(first, last, unroll=1):
-            block = I32(U32(item) // self.tiles)
+            block, tile, expert = self.locate(item, expert, block_of)
             if block != current:
                 if tiles_done > 0:
-                    self.add_to_output(sums, tokens, count, thread, warp, lane, accum)
+                    self.add_to_output(sums, tokens, count, cta, warp, lane, accum, out)
                     self.finish_tokens(tokens, count, tiles_done, block_of[2], thread, accum, counters, out, complete)
                     tiles_done = I32(0)
                 current = block
-                expert, count = self.find_block(block, block_of, self.weight_on_input)
+                count = self.enter_block(block, expert, block_of, self.weight_on_input)
                 stage, phase = self.receive_x(ring, full, empty, stage, phase, count, warp, lane, weights, x)
             cute.arch.mbarrier_wait(list_full + slot, slot_phase)
             active = list_size[slot]
@@ -501,12 +531,12 @@ class FusedDecode:
                 self.release(empty + stage, lane)
                 stage, phase = self.advance(stage, phase, self.row_stages)
                 if cutlass.const_expr(not self.keep_sums):
-                    self.add_to_output(sums, tokens, count, thread, warp, lane, accum)
+                    self.add_to_output(sums, tokens, count, cta, warp, lane, accum, out)
             self.release(list_empty + slot, lane)
             slot, slot_phase = self.advance(slot, slot_phase, LIST_QUEUE)
             tiles_done += 1
         if tiles_done > 0:
-            self.add_to_output(sums, tokens, count, thread, warp, lane, accum)
+            self.add_to_output(sums, tokens, count, cta, warp, lane, accum, out)
             self.finish_tokens(tokens, count, tiles_done, block_of[2], thread, accum, counters, out, complete)
 
     @cute.jit
@@ -570,7 +600,7 @@ class FusedDecode:
         address = (stage_row + cutlass.min(lane & 7, rows - 1)) * self.pitch + (lane >> 3) * 8
         for u in cutlass.range_constexpr(self.row_units):
             unit = warp * self.row_units + u
-            if cutlass.const_expr(self.units % self.row_units != 0):
+            if cutlass.const_expr(self.ragged):
                 unit = cutlass.min(unit, I32(self.units - 1))
             columns = cute.make_rmem_tensor((8,), BF16)
             cute.copy(load, vector(ring.iterator, address + unit * 32), columns)
@@ -580,12 +610,16 @@ class FusedDecode:
                 cute.gemm(mma, c, a, b, c)
 
     @cute.jit
-    def add_to_output(self, sums, tokens, count, thread, warp, lane, accum):
-        """Adds the block's sums to accum and clears them. Lane: tokens 2(lane % 4) + c, columns lane // 4 + 8 h."""
+    def add_to_output(self, sums, tokens, count, cta, warp, lane, accum, out):
+        """Adds the block's sums to accum and clears them. Lane: tokens 2(lane % 4) + c, columns lane // 4 + 8 h.
+
+        CTAs spread over the replicas of accum: additions to one address wait for each other in L2.
+        """
+        base = accum.iterator + I64(cta % self.replicas * cute.size(out, mode=[0])) * self.H
         for c in cutlass.range_constexpr(2):
             slot = (lane % 4) * 2 + c
             if slot < count:
-                row = accum.iterator + I64(tokens[slot]) * self.H
+                row = base + I64(tokens[slot]) * self.H
                 for u in cutlass.range_constexpr(self.row_units):
                     unit = warp * self.row_units + u
                     if unit < self.units:
@@ -599,28 +633,33 @@ class FusedDecode:
     def finish_tokens(self, tokens, count, tiles_done, pair_expert, thread, accum, counters, out, complete):
         """Counts the block's items for each of its tokens; whoever completes a token casts its row and clears it."""
         threads = 32 * self.row_warps
-        cute.arch.fence_acq_rel_gpu()
         cute.arch.barrier(barrier_id=ROW_BARRIER, number_of_threads=threads)
         if thread < count:
             token = tokens[thread]
+            cute.arch.fence_acq_rel_gpu()  # covers the additions of all threads that met at the barrier
             expected = self.table.pairs_of_token(token, pair_expert) * self.tiles
-            done = cute.arch.atomic_add(counters.iterator + token, tiles_done, sem="acq_rel", scope="gpu")
+            done = cute.arch.atomic_add(counters.iterator + token, tiles_done, sem="relaxed", scope="gpu")
+            cute.arch.fence_acq_rel_gpu()
             complete[thread] = I32(1) if done + tiles_done == expected else I32(0)
         cute.arch.barrier(barrier_id=ROW_BARRIER, number_of_threads=threads)
-        cute.arch.fence_acq_rel_gpu()
         for slot in cutlass.range(count, unroll=1):
             if complete[slot] != 0:
                 token = tokens[slot]
-                source = accum.iterator + I64(token) * self.H
                 target = out.iterator + I64(token) * self.H
                 for group in cutlass.range(thread, self.H // 4, threads, unroll=1):
-                    values = cute.make_rmem_tensor((4,), F32)
-                    cute.autovec_copy(vector(source, group * 4, 4, 4), values)
+                    values = cute.make_rmem_tensor((4, self.replicas), F32)
+                    zeros = cute.make_rmem_tensor((4,), F32)
+                    zeros.fill(0.0)
+                    for i in cutlass.range_constexpr(self.replicas):
+                        source = accum.iterator + (I64(token) + i * cute.size(out, mode=[0])) * self.H
+                        cute.autovec_copy(vector(source, group * 4, 4, 4), values[None, i])
+                        cute.autovec_copy(zeros, vector(source, group * 4, 4, 4))
                     cast = cute.make_rmem_tensor((4,), BF16)
-                    for i in cutlass.range_constexpr(4):
-                        cast[i] = BF16(values[i])
-                        values[i] = F32(0.0)
+                    for c in cutlass.range_constexpr(4):
+                        total = values[c, 0]
+                        for i in cutlass.range_constexpr(1, self.replicas):
+                            total += values[c, i]
+                        cast[c] = BF16(total)
                     cute.autovec_copy(cast, vector(target, group * 4, 4, 4))
-                    cute.autovec_copy(values, vector(source, group * 4, 4, 4))
                 if thread == 0:
                     counters[token] = 0

@@ -43,11 +43,15 @@ class PairTable:
         thread: cutlass.Int32,
         num_threads: cutlass.Constexpr,
     ):
-        """Fills the table. Called by all threads of the CTA; ends with a CTA barrier."""
+        """Fills the table. Called by all threads of the CTA; ends with a CTA barrier.
+
+        Nothing before this call may read what an earlier launch wrote: it waits for that launch (dependent launch).
+        """
         num_pairs = cute.size(topk_ids)
         for e in cutlass.range(thread, self.num_experts + 1, num_threads, unroll=1):
             first_block[e] = 0
         cute.arch.sync_threads()
+        cute.arch.griddepcontrol_wait()  # what the launch before this one wrote is visible from here on
         ids = cute.make_tensor(topk_ids.iterator, cute.make_layout((num_pairs,)))
         routing = cute.make_tensor(topk_weights.iterator, cute.make_layout((num_pairs,)))
         for p in cutlass.range(thread, num_pairs, num_threads, unroll=1):
@@ -96,16 +100,27 @@ class PairTable:
 
     @cute.jit
     def expert_of_block(self, block: cutlass.Int32, first_block: cute.Tensor, lane: cutlass.Int32) -> cutlass.Int32:
-        """The expert that owns a block; a whole warp searches 32 experts at a time."""
-        expert = I32(0)
-        for i in cutlass.range_constexpr((self.num_experts + 31) // 32):
-            e = i * 32 + lane
-            last = cutlass.min(e, I32(self.num_experts - 1))
-            owns = e < self.num_experts and first_block[last] <= block and block < first_block[last + 1]
+        """The expert that owns a block: a warp finds the run of experts, one run a lane, then the expert inside it."""
+        run = -(-self.num_experts // 32)
+        end = I32(self.num_experts)
+        low = first_block[cutlass.min(lane * run, end)]
+        high = first_block[cutlass.min(lane * run + run, end)]
+        owner = self.lowest_lane(low <= block and block < high)
+        expert = owner * run
+        for i in cutlass.range_constexpr(0, run, 32):
+            e = owner * run + i + lane
+            inside = i + lane < run and e < end
+            e = cutlass.min(e, end - 1)
+            owns = inside and first_block[e] <= block and block < first_block[e + 1]
             votes = U32(cute.arch.vote_ballot_sync(owns))
             if votes != 0:
-                expert = I32(i * 32) + I32(cute.arch.popc((votes & (U32(0) - votes)) - 1))
+                expert = owner * run + i + I32(cute.arch.popc((votes & (U32(0) - votes)) - 1))
         return expert
+
+    @cute.jit
+    def lowest_lane(self, predicate: cutlass.Boolean) -> cutlass.Int32:
+        votes = U32(cute.arch.vote_ballot_sync(predicate))
+        return I32(cute.arch.popc((votes & (U32(0) - votes)) - 1))
 
     @cute.jit
     def pairs_of_block(

@@ -210,7 +210,7 @@ class Shadow:
         if lost.any():
             other = lost & (self.m.cta_of[winner] != self.m.cta_of[t])
             keep = gi[other] * self.columns + self.columns - 1
-            flat[keep], ftime[keep] = t[other], ftime[at[other]]
+            flat[keep], ftime[keep] = t[other], (-time if returns else time)[other]
             same = lost & ~other
             flat[at[same]] = -2 - t[same]
 
