@@ -48,6 +48,7 @@ import_without_installation()
 from cutedsl_kernels.compile import dsl  # noqa: E402
 from cutedsl_kernels.compile.specs import staged_spec  # noqa: E402
 from cutedsl_kernels.configs import Plan, StagedConfig, illegal_reason  # noqa: E402
+from cutedsl_kernels.kernels import staged_common  # noqa: E402
 from cutedsl_kernels.shapes import MoEShape  # noqa: E402
 from tests.helpers import check_close, random_problem  # noqa: E402
 
@@ -59,6 +60,8 @@ VARIANTS = (
     "deterministic=0",
     "deterministic=1",
     "wgmma=0",
+    "fence=0",
+    "overlap=0",
     "token_block=32",
     "row_stages=8",
     "row_stages=4",
@@ -71,17 +74,33 @@ VARIANTS = (
 _functions: dict[Any, Any] = {}
 
 
-def compiled(spec: Any) -> Any:
-    if spec not in _functions:
+def compiled(spec: Any, fence: bool = True) -> Any:
+    if (spec, fence) not in _functions:
+        original = staged_common.TileRing.__init__
+        if not fence:
+            build_without_fence()
         folder = pathlib.Path(tempfile.mkdtemp())
         dsl.compile_object(spec, folder / "kernel.o")
-        _functions[spec] = dsl.load_object(folder / "kernel.o")
-    return _functions[spec]
+        staged_common.TileRing.__init__ = original  # type: ignore[method-assign]
+        _functions[spec, fence] = dsl.load_object(folder / "kernel.o")
+    return _functions[spec, fence]
+
+
+def build_without_fence() -> None:
+    """An experiment only (the PTX memory model asks for the fence): what does the proxy fence before wgmma cost?"""
+    original = staged_common.TileRing.__init__
+
+    def init(ring: Any, *args: Any) -> None:
+        original(ring, *args)
+        ring.fence = False
+
+    staged_common.TileRing.__init__ = init  # type: ignore[method-assign]
 
 
 def parse_variant(text: str) -> tuple[StagedConfig, bool]:
     values = {name: int(value) for name, value in (part.split("=") for part in text.split(","))}
     deterministic = bool(values.pop("deterministic", 0))
+    values.pop("fence", 1)
     return dataclasses.replace(StagedConfig(), **values), deterministic
 
 
@@ -94,7 +113,8 @@ class Staged:
         reason = illegal_reason(Plan("staged", self.config), shape)
         if reason:
             raise ValueError(reason)
-        self.function = compiled(staged_spec(shape, self.config, deterministic=self.deterministic, **flags))
+        spec = staged_spec(shape, self.config, deterministic=self.deterministic, **flags)
+        self.function = compiled(spec, "fence=0" not in variant)
         self.buffers: dict[int, list[torch.Tensor]] = {}
 
     def workspace(self, num_tokens: int, poison: bool = False) -> list[torch.Tensor]:

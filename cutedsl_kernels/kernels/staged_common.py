@@ -98,7 +98,7 @@ class TileRing:
 
     def __init__(self, token_block: int, stages: int, atoms: int, wgmma: bool, row_major: bool):
         self.token_block, self.stages, self.atoms = token_block, stages, atoms
-        self.wgmma, self.row_major = wgmma, row_major
+        self.wgmma, self.row_major, self.fence = wgmma, row_major, wgmma
         self.a_size = ROWS * LINE * atoms
         self.b_size = token_block * LINE * (atoms if row_major else 1)
         self.stage_size = self.a_size + self.b_size
@@ -181,7 +181,7 @@ class TileRing:
     def wait_for_tile(self):
         """Returns when the oldest tile in flight has landed for all threads, and all have left the tile before it."""
         cute.arch.cp_async_wait_group(self.stages - 2)
-        if cutlass.const_expr(self.wgmma):
+        if cutlass.const_expr(self.fence):
             cute.arch.fence_proxy("async.shared", space="cta")
         cute.arch.sync_threads()
 
