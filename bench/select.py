@@ -51,8 +51,8 @@ class Measured:
 def measured(
     rows: Iterable[Mapping[str, str]], model: str, *, routing: str = "uniform", iou: str = ""
 ) -> dict[Case, list[Measured]]:
-    """By case, ordered by tokens. Of several rows for a case and T: the latest of the automatic choice, or, where no row
-    has that, the fastest of the plans asked for."""
+    """By case, ordered by tokens. Of several rows for a case and T: the latest of the automatic choice or, where no
+    row has that, the fastest of the plans asked for."""
     found: dict[tuple[Case, int], tuple[tuple[int, float, str], Measured]] = {}
     for row in rows:
         wanted = (row["model"], row["routing"], row["iou_target"]) == (model, routing, iou)
