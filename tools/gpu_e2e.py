@@ -173,7 +173,7 @@ def random_prompts(count: int, length: int, vocabulary: int, seed: int) -> list[
 
 def stage_calibrate(args: argparse.Namespace) -> dict[str, Any]:
     """Profiles for `paper` and `routed`, their realised sparsity, and checks of a layer against the definition."""
-    from cutedsl_kernels.integration.vllm.calibrate import make_profile, record
+    from cutedsl_kernels.integration.vllm.calibrate import calibrate_profile
     from cutedsl_kernels.integration.vllm.engine import SparseEngine
 
     arguments = {**engine_arguments(args), "enforce_eager": True}
@@ -183,15 +183,15 @@ def stage_calibrate(args: argparse.Namespace) -> dict[str, Any]:
     print("routers scaled:", routers, flush=True)
     vocabulary = engine.model_config.get_vocab_size()
     count = (16 if args.quick else 32) if args.cuda else 1
-    histograms = record(engine, random_prompts(count, 512, vocabulary, 1))
+    texts = random_prompts(count, 512, vocabulary, 1)
     held_out = random_prompts(4 if args.cuda else 1, 512, vocabulary, 2)
     result: dict[str, Any] = {"realised": {}}
     for mode, score, skip, target in (
         ("paper", "gate", 0.0, args.target),
         ("routed", "gate-routed", ROUTED_SKIP, ROUTED_TARGET),
     ):
-        profile = make_profile(
-            engine, histograms, text_sha256="0" * 64, max_len=512, score=score, skip_pairs=skip, targets=[0.5, target]
+        profile = calibrate_profile(
+            engine, texts, text_sha256="0" * 64, max_len=512, score=score, skip_pairs=skip, targets=[0.3, target]
         )
         profile.save(pathlib.Path(args.folder) / f"{mode}.json")
         engine.profile = profile

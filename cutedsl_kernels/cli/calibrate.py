@@ -66,7 +66,7 @@ def calibrate(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from ..integration.vllm.calibrate import make_profile, record
+    from ..integration.vllm.calibrate import calibrate_profile, planned_tokens
     from ..integration.vllm.engine import SparseEngine, check_model
     from ..quality.text import cut_sequences, read_texts
 
@@ -103,17 +103,17 @@ def calibrate(
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=console, transient=True) as progress:
-            task = progress.add_task("calibrating", total=tokens)
-            histograms = record(engine, sequences, lambda done: progress.advance(task, done))
-        profile = make_profile(
-            engine,
-            histograms,
-            text_sha256=text_hash,
-            max_len=min(max_len, limit - 1),
-            score=score,
-            skip_pairs=skip_pairs,
-            targets=targets,
-        )
+            task = progress.add_task("calibrating", total=planned_tokens(sequences, targets))
+            profile = calibrate_profile(
+                engine,
+                sequences,
+                text_sha256=text_hash,
+                max_len=min(max_len, limit - 1),
+                score=score,
+                skip_pairs=skip_pairs,
+                targets=targets,
+                progress=lambda done: progress.advance(task, done),
+            )
     finally:
         engine.shutdown()
     profile.save(out)

@@ -46,7 +46,8 @@ class SparseEngine:
     all with ``record``. target: where to start (0 = dense). dense: vLLM's own method instead, as a baseline: then
     nothing below ``llm`` and ``generate`` may be used but score() without settings. Other keywords go to vllm.LLM.
 
-    The default is eager execution, in which thresholds can be switched at will. With CUDA graphs (enforce_eager=False
+    The default is eager execution, in which thresholds can be switched at will and are applied at every batch size (a
+    server computes the large batches of prefill in full, where that is faster). With CUDA graphs (enforce_eager=False
     on a GPU) the target is fixed at start. Raises UserError (one line) for a model that is missing or not an MoE, or
     a profile that does not fit.
     """
@@ -103,6 +104,8 @@ class SparseEngine:
         self.layer_names: list[str] = [] if dense else self._call("sparsity_layers")[0]
         if not dense and not self.layer_names:
             raise UserError(f"{model}: no layer can use {METHOD_NAME}; the log says why for each layer")
+        if not dense and not self._fixed:
+            self._call("sparsity_exact", True)
         self.target = target
 
     def _call(self, method: str, *args: Any) -> list[Any]:

@@ -116,7 +116,7 @@ def run_layer(layer: Any, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids:
     plan = None
     if x.device.type == "cuda" and x.shape[0] > 0:
         plan = state.plan(x.shape[0])
-        if plan.kind == "dense":
+        if plan.kind == "dense" and not (state.exact and state.sparsity > 0):
             return run_dense(state, x, topk_weights, topk_ids, expert_map, layer.global_num_experts)
     return sparse_moe(
         x,

@@ -31,6 +31,7 @@ class LayerState:
     """One layer on one rank.
 
     tau: fp32 on the weights' device, [1, 1] or [E, I]; rho: pair threshold; tau and rho zero is the dense model.
+    exact: apply the thresholds at every batch size, where a GPU would otherwise compute large batches in full.
     plans: (largest number of tokens, plan), ascending; CUDA only.
     counters: int64 [4] per label (see count_active), filled while ``counting``. tp_size, tp_rank: how this layer's
     neurons are sharded (1 and 0 under expert parallelism).
@@ -46,6 +47,7 @@ class LayerState:
     router_weighted: bool = True
     label: str = "0"
     sparsity: float = 0.0
+    exact: bool = False
     tp_size: int = 1
     tp_rank: int = 0
     counting: bool = False

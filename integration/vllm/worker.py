@@ -39,6 +39,10 @@ class SparsityWorker:
             if state.weights.device.type == "cuda":
                 state.choose_plans(layer.expert_map)
 
+    def sparsity_exact(self, on: bool) -> None:
+        for _, state in self._sparsity_states().values():
+            state.exact = on
+
     def sparsity_record(self, on: bool) -> None:
         for _, state in self._sparsity_states().values():
             state.recorder = LayerHistogram(state.weights.device) if on else None
