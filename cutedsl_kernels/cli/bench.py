@@ -14,6 +14,12 @@ import typer
 SUBCOMMANDS = {
     "layer": "One sparse MoE layer against dense baselines on this machine's device.",
     "suite": "A grid of layer measurements under a time budget.",
+    "compaction": "What gating and compaction cost, with no neuron active.",
+    "launch": "Host microseconds of a call and of the choice of a plan.",
+    "compile": "Seconds until a kernel is ready, cold and warm.",
+    "e2e": "Decoding through vLLM, dense against sparse.",
+    "roofline": "What a shape can gain at best.",
+    "plot": "Plots and the README's table from CSV files.",
 }
 _FORWARD = {"allow_extra_args": True, "ignore_unknown_options": True}
 
