@@ -14,7 +14,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 MODEL := models/tiny-olmoe
 DEMO_TARGET := 0.8
-COMMAND := HF_HUB_OFFLINE=1 VLLM_LOGGING_LEVEL=ERROR $(BIN)/cutedsl-kernels
+# Without the log lines and warnings of vLLM, torch and transformers that say nothing about this model.
+QUIET := VLLM_LOGGING_LEVEL=ERROR TORCH_CPP_LOG_LEVEL=ERROR TRANSFORMERS_VERBOSITY=error PYTHONWARNINGS=ignore
+COMMAND := HF_HUB_OFFLINE=1 $(QUIET) $(BIN)/cutedsl-kernels
 
 .PHONY: venv lint mypy test demo bench gpu clean
 
@@ -58,7 +60,7 @@ demo: $(INSTALLED)
 	@echo "[1/4] text of the calibration and held-out splits"
 	@$(BIN)/python tools/corpus.py --split calibration --out demo/calibration.txt --max-bytes 200000
 	@$(BIN)/python tools/corpus.py --split held-out --out demo/held-out.txt --max-bytes 200000
-	@i=0; $(BIN)/python tools/corpus.py --split held-out --list | head -2 | while read -r file; do \
+	@i=0; $(BIN)/python tools/corpus.py --split held-out --list | grep -E '/(hmac|http/server)\.py$$' | while read -r file; do \
 	  i=$$((i + 1)); head -c 400 "$$file" > demo/prompt-$$i.txt; done
 	@echo "[2/4] calibrate"
 	@$(COMMAND) calibrate $(MODEL) --text demo/calibration.txt --out demo/profile.json

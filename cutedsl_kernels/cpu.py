@@ -7,7 +7,8 @@ Per expert with m tokens, bytes as read from w13 and w2_rows:
     up      those n rows copied together, one product                                      n*H
     down    up to BAG_TOKENS tokens: a weighted sum of rows read in place; else as up      n*H
 
-An expert whose n exceeds GATHER_LIMIT of its I rows runs densely: copying rows together costs more than it saves there.
+An expert whose n exceeds GATHER_LIMIT of its I rows reads them all: copying rows together costs more than it saves
+there. So does an expert of at most SMALL_EXPERT weights in gate.
 """
 
 from __future__ import annotations
@@ -21,8 +22,13 @@ from .weights import ExpertWeights
 
 BAG_TOKENS = 8
 GATHER_LIMIT = 0.45
+SMALL_EXPERT = 1 << 18  # I * H up to which skipping rows costs more in calls than it saves in reading
+
+# tau [I] of the expert, and the routing weights r [m, 1] of its pairs if they count.
+_Rule = tuple[torch.Tensor, torch.Tensor | None]
 
 
+@torch.no_grad()
 def sparse_moe_cpu(
     hidden_states: torch.Tensor,
     weights: ExpertWeights,
@@ -38,12 +44,13 @@ def sparse_moe_cpu(
     plan: Plan | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Same arguments, result and errors as sparse_moe (which validates them); weights and inputs on the CPU."""
+    """Same arguments, result and errors as sparse_moe (which validates them); all tensors on the CPU. No gradients."""
     del plan
     inter = weights.intermediate_size
     dtype = hidden_states.dtype
     tau = expand_thresholds(thresholds, weights.num_experts, inter, hidden_states.device)
     dense = not torch.as_tensor(thresholds).any()
+    small = inter * weights.hidden_size <= SMALL_EXPERT
     ids = local_experts(topk_ids, expert_map, weights.num_experts)
     token, slot = torch.nonzero((ids >= 0) & ~(topk_weights < pair_threshold), as_tuple=True)
     expert, order = ids[token, slot].sort(stable=True)
@@ -59,39 +66,35 @@ def sparse_moe_cpu(
         pairs = slice(start, start + m)
         start += m
         x, r = inputs[pairs], routing[pairs]
-        scale = None if apply_router_weight_on_input else r
-        if dense:
-            y = _all_neurons(x, weights, e, activation, scale)
+        rule = (tau[e], r if router_weighted else None)
+        if dense or small:
+            y = _all_rows(x, weights, e, activation, None if dense else rule)
         else:
-            y = _active_neurons(x, weights, e, activation, scale, tau[e], r if router_weighted else None)
+            y = _needed_rows(x, weights, e, activation, rule)
+        if weights.w2_bias is not None:
+            y += weights.w2_bias[e].float()
+        if not apply_router_weight_on_input:
+            y *= r
         result.index_add_(0, token[pairs], y)
     if out is None:
         return result.to(dtype)
     return out.copy_(result)
 
 
-def _all_neurons(
-    x: torch.Tensor, weights: ExpertWeights, e: int, activation: str, scale: torch.Tensor | None
-) -> torch.Tensor:
-    """Expert e on x [m, H], every neuron: [m, H] fp32, times ``scale`` [m, 1] if given."""
+def _all_rows(x: torch.Tensor, weights: ExpertWeights, e: int, activation: str, rule: _Rule | None) -> torch.Tensor:
+    """Expert e on x [m, H] with every row read: [m, H] fp32, before the down bias and the routing weight."""
     gate_up = _times_rows(x, weights.w13[e])
     if weights.w13_bias is not None:
         gate_up += weights.w13_bias[e].float()
     gate, up = gate_up.chunk(2, dim=1)
-    h = gate_activation(gate, activation) * up_transform(up, activation)
-    return _finish(_sum_rows(h, weights.w2_rows[e]), weights, e, scale)
+    a = gate_activation(gate, activation)
+    if rule is not None:
+        a = a.masked_fill(_inactive(a, rule), 0.0)
+    return _sum_rows(a * up_transform(up, activation), weights.w2_rows[e])
 
 
-def _active_neurons(
-    x: torch.Tensor,
-    weights: ExpertWeights,
-    e: int,
-    activation: str,
-    scale: torch.Tensor | None,
-    tau: torch.Tensor,
-    r: torch.Tensor | None,
-) -> torch.Tensor:
-    """As _all_neurons, with neurons inactive where act(gate) (times r [m, 1] if given) is below tau [I]."""
+def _needed_rows(x: torch.Tensor, weights: ExpertWeights, e: int, activation: str, rule: _Rule) -> torch.Tensor:
+    """As _all_rows, reading only the rows of up and down that one of the m tokens needs, where they are few enough."""
     m, inter = len(x), weights.intermediate_size
     w_gate, w_up = weights.w13[e].split(inter)
     w_down = weights.w2_rows[e]
@@ -99,29 +102,32 @@ def _active_neurons(
     if weights.w13_bias is not None:
         gate += weights.w13_bias[e, :inter].float()
     a = gate_activation(gate, activation)
-    score = a.abs() if r is None else a.abs() * r
-    inactive = score < tau
+    inactive = _inactive(a, rule)
     rows = torch.nonzero(~(inactive.squeeze(0) if m == 1 else inactive.all(0))).squeeze(1)
     if len(rows) == 0:
-        y = torch.zeros(x.shape, dtype=torch.float32)
-        return _finish(y, weights, e, scale)
+        return torch.zeros(x.shape, dtype=torch.float32)
+    if m > 1:
+        a = a.masked_fill(inactive, 0.0)
     bias = None if weights.w13_bias is None else weights.w13_bias[e, inter:]
-    gather = len(rows) <= GATHER_LIMIT * inter
-    if gather:
-        w_up = w_up.index_select(0, rows)
+    few = len(rows) <= GATHER_LIMIT * inter
+    if few:
+        a, w_up = a.index_select(1, rows), w_up.index_select(0, rows)
         bias = None if bias is None else bias.index_select(0, rows)
-        a = (a if m == 1 else a.masked_fill(inactive, 0.0)).index_select(1, rows)
-    else:
+    elif m == 1:
         a = a.masked_fill(inactive, 0.0)
     up = _times_rows(x, w_up)
     if bias is not None:
         up += bias.float()
     h = a * up_transform(up, activation)
-    if gather and m <= BAG_TOKENS:
-        y = F.embedding_bag(rows.expand(m, -1), w_down, mode="sum", per_sample_weights=h.to(x.dtype)).float()
-    else:
-        y = _sum_rows(h, w_down.index_select(0, rows) if gather else w_down)
-    return _finish(y, weights, e, scale)
+    if few and m <= BAG_TOKENS:
+        return F.embedding_bag(rows.expand(m, -1), w_down, mode="sum", per_sample_weights=h.to(x.dtype)).float()
+    return _sum_rows(h, w_down.index_select(0, rows) if few else w_down)
+
+
+def _inactive(a: torch.Tensor, rule: _Rule) -> torch.Tensor:
+    """Which of a [m, I] fall below the threshold: bool [m, I]."""
+    tau, r = rule
+    return (a.abs() if r is None else a.abs() * r) < tau
 
 
 def _times_rows(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -136,10 +142,3 @@ def _sum_rows(h: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     if rows.dtype == torch.float16:
         return h @ rows.float()
     return (h.to(rows.dtype) @ rows).float()
-
-
-def _finish(y: torch.Tensor, weights: ExpertWeights, e: int, scale: torch.Tensor | None) -> torch.Tensor:
-    """The down bias and the routing weight."""
-    if weights.w2_bias is not None:
-        y = y + weights.w2_bias[e].float()
-    return y if scale is None else y * scale

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import check_close, random_problem
+from helpers import check_close, expert_traces, random_problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from cutedsl_kernels import sparse_moe
+from cutedsl_kernels import cpu, sparse_moe
 from cutedsl_kernels.reference import ACTIVATIONS
 
 pytestmark = pytest.mark.cpu
@@ -44,7 +45,54 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @settings(max_examples=150, deadline=None)
-@given(arguments=problems())
-def test_matches_the_definition(arguments: dict[str, Any]) -> None:
+@given(arguments=problems(), every_row=st.booleans())
+def test_matches_the_definition(arguments: dict[str, Any], every_row: bool) -> None:
+    """Both ways to compute an expert; at these sizes the back end itself would always read every row."""
     problem = random_problem(**arguments)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "SMALL_EXPERT", 1 << 18 if every_row else 0)
+        check_close(sparse_moe(**problem.arguments), problem)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("num_tokens", [1, 3, 40])
+def test_expert_large_enough_to_skip_rows(dtype: torch.dtype, num_tokens: int, seed: int) -> None:
+    """As it is, nothing patched: 3 tokens read rows in place, 40 copy them or read all."""
+    problem = random_problem(
+        seed,
+        num_tokens=num_tokens,
+        num_experts=4,
+        top_k=2,
+        hidden_size=1024,
+        intermediate_size=320,
+        dtype=dtype,
+        sparsity=0.9,
+    )
+    assert cpu.SMALL_EXPERT < 1024 * 320
     check_close(sparse_moe(**problem.arguments), problem)
+
+
+class RowsRead(TorchDispatchMode):
+    """Counts the rows of up that are copied together and the rows of down that are read in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = self.down = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name == "index_select" and args[0].dim() == 2 and args[1] == 0:
+            self.up += len(args[2])
+        elif "embedding_bag" in name:
+            self.down += args[1].unique().numel()
+        return func(*args, **(kwargs or {}))
+
+
+def test_rows_that_no_token_needs_are_not_read(seed: int) -> None:
+    problem = random_problem(
+        seed, num_tokens=3, num_experts=4, top_k=2, hidden_size=1024, intermediate_size=320, sparsity=0.85
+    )
+    with RowsRead() as read:
+        sparse_moe(**problem.arguments)
+    needed = sum(int(trace.active.any(0).sum()) for trace in expert_traces(problem))
+    assert read.up == read.down == needed

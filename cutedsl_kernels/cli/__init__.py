@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import cast
 
 import typer
 
@@ -17,7 +18,7 @@ from ..errors import UserError
 COMMANDS = ("calibrate", "evaluate", "generate", "doctor", "bench", "autotune")
 
 # The base of all errors about the command line itself. typer has its own copy of click since 0.24 and click's before.
-_UsageMistake = typer.BadParameter.__mro__[2]
+_UsageMistake = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[2])
 
 
 def build_app() -> typer.Typer:
