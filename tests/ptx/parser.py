@@ -23,6 +23,7 @@ class Instruction:
     text: str
     line: int
     source: tuple[str, int] | None
+    span: tuple[int, int] = (0, 0)  #: of the statement with its semicolon in the PTX text
 
 
 @dataclass
@@ -97,8 +98,9 @@ def split_list(text: str) -> list[str]:
 
 
 def _without_comments(text: str) -> str:
-    text = re.sub(r"/\*.*?\*/", lambda m: "\n" * m[0].count("\n"), text, flags=re.S)
-    return re.sub(r"//[^\n]*", "", text)
+    """Comments become blanks, so positions stay."""
+    text = re.sub(r"/\*.*?\*/", lambda m: re.sub(r"[^\n]", " ", m[0]), text, flags=re.S)
+    return re.sub(r"//[^\n]*", lambda m: " " * len(m[0]), text)
 
 
 def _variable(statement: str, line: int) -> tuple[str, bool, Variable] | None:
@@ -191,7 +193,7 @@ class _Body:
             else:
                 end = self.text.index(";", self.pos)
                 raw = self.text[self.pos : end]
-                self.statement(" ".join(raw.split()))
+                self.statement(" ".join(raw.split()), (self.pos, end + 1))
                 self.line += raw.count("\n")
                 self.pos = end + 1
 
@@ -200,7 +202,7 @@ class _Body:
         if m and len(self.scopes) == 1:  # inside inline asm the numbers count the lines of the asm text
             self.source = (self.files.get(int(m[1]), f"file {m[1]}"), int(m[2])) if int(m[2]) else None
 
-    def statement(self, text: str) -> None:
+    def statement(self, text: str, span: tuple[int, int]) -> None:
         if not text or text.startswith(".pragma"):
             return
         if text.startswith(".reg"):
@@ -212,7 +214,7 @@ class _Body:
             space, _, var = found
             (self.kernel.shared if space == "shared" else self.kernel.local).append(var)
         else:
-            self.instruction(text)
+            self.instruction(text, span)
 
     def declare(self, text: str) -> None:
         m = re.match(r"\.reg\s+\.(\w+)\s+(.*)", text)
@@ -228,7 +230,7 @@ class _Body:
                 self.scopes[-1][name] = unique
             self.kernel.registers[unique] = m[1]
 
-    def instruction(self, text: str) -> None:
+    def instruction(self, text: str, span: tuple[int, int]) -> None:
         pred = None
         if m := re.match(r"@(!?)\s*(\S+)\s+", text):
             pred = (self.rename(m[2]), bool(m[1]))
@@ -239,7 +241,7 @@ class _Body:
         name, *mods = op.split(".")
         mods = [m for m in mods if m]
         full = ("" if pred is None else f"@{'!' if pred[1] else ''}{pred[0]} ") + f"{op} {rest}".strip()
-        self.kernel.code.append(Instruction(name, mods, pred, split_list(rest), full, self.line, self.source))
+        self.kernel.code.append(Instruction(name, mods, pred, split_list(rest), full, self.line, self.source, span))
 
 
 def parse(text: str) -> Module:
