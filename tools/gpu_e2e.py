@@ -221,6 +221,7 @@ def check_layer(worker: Any) -> list[str]:
 
     layer, state = next(iter(worker._sparsity_states().values()))
     weights = state.weights
+    exact, state.exact = state.exact, False  # as a server runs it
     lines = []
     generator = torch.Generator(weights.device).manual_seed(0)
     for num_tokens in (1, 3, 8, 33, 128, 512):
@@ -251,6 +252,7 @@ def check_layer(worker: Any) -> list[str]:
         error = (found.float() - expected).norm() / expected.norm()
         lines.append(f"{state.label} T={num_tokens} plan={plan} relative error {error:.2e}")
         print(lines[-1], flush=True)
+    state.exact = exact
     return lines
 
 

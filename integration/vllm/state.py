@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -11,6 +12,8 @@ from ...calibration import LayerHistogram, count_active, expert_activations
 from ...plan import Plan, plan_for
 from ...reference import expand_thresholds
 from ...weights import ExpertWeights
+
+logger = logging.getLogger("vllm.cutedsl_kernels")
 
 # Numbers of tokens for which a plan is fixed when the layer is loaded; larger batches run dense.
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
@@ -87,28 +90,32 @@ class LayerState:
 
         shape = self.weights.shape(self.top_k)
         skipped = ASSUMED_PAIR_SKIP if self.rho > 0 else 0.0
-        plans = []
+        aim, device = max(self.sparsity, skipped), self.weights.device
+        compiled, plans = 0, []
         for bucket in sorted(set(buckets)):
             plan = Plan("dense")
             if self.sparsity > 0 and supports_kernels(self.weights):
-                plan = plan_for(
-                    shape, bucket, max(self.sparsity, skipped), self.weights.device, skipped, self.activation
-                )
+                plan = plan_for(shape, bucket, aim, device, skipped, self.activation)
+            if plan.kind != "dense":
+                try:
+                    compiled += warmup(
+                        self.weights,
+                        self.top_k,
+                        [bucket],
+                        plans=[plan],
+                        router_weighted=self.router_weighted,
+                        activation=self.activation,
+                        expert_map=expert_map,
+                        apply_router_weight_on_input=self.router_weight_on_input,
+                    )
+                except (
+                    Exception
+                ) as error:  # a GPU or a CuTe DSL that the kernel does not compile for: serve all the same
+                    reason = " ".join(str(error).split())[:300]
+                    logger.warning("%s: batches of %d tokens run dense: %s: %s", self.name, bucket, plan, reason)
+                    plan = Plan("dense")
             plans.append((bucket, plan))
         self.plans = plans
-        compiled = 0
-        for bucket, plan in plans:
-            if plan.kind != "dense":
-                compiled += warmup(
-                    self.weights,
-                    self.top_k,
-                    [bucket],
-                    plans=[plan],
-                    router_weighted=self.router_weighted,
-                    activation=self.activation,
-                    expert_map=expert_map,
-                    apply_router_weight_on_input=self.router_weight_on_input,
-                )
         return compiled
 
     def plan(self, num_tokens: int) -> Plan:
