@@ -13,14 +13,11 @@ from typing import Any, Literal
 from .shapes import MoEShape
 
 SMEM_LIMIT = 227 * 1024  # shared memory one CTA may have on sm_90, bytes
-ROW_PAD = (
-    16  # bytes between the end of a row in shared memory and the next: rows H*2 + 16 bytes apart are conflict-free
-)
+ROW_PAD = 16  # bytes between two rows in shared memory: ldmatrix of rows 2H + 16 bytes apart has no bank conflicts
 MAX_PAIRS = (256, 1024, 4096)  # capacities of the pair list a fused kernel is compiled with
 KERNEL_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "swigluoai")  # what the kernels compute; others take the dense path
-REGISTERS_OF_SM = 65536
-WORKING_REGISTERS = 56  # of an up/down thread besides its sums
-
+WORKING_REGISTERS = 48  # of a thread of the fused kernel besides its fragments of x and its sums
+PRODUCER_REGISTERS = 40
 
 TOKEN_BLOCK = 8  # tokens of one expert that the fused kernel handles at once
 LIST_QUEUE = 4  # compacted tiles between the fused kernel's gate warps and its up/down warps
@@ -33,8 +30,7 @@ class FusedConfig:
     tile_neurons: gate rows of one work item. gate_stages x stage_rows: rows of the ring that gate rows stream through.
     row_stages x chunk_rows: rows of the ring for gathered up and down rows. gate_warps, updown_warps: warps of the two
     phases. keep_sums: 1 keeps the down product in registers over all tiles of a token block (needs H/4/updown_warps
-    registers), 0 adds it to memory after every chunk. max_pairs: capacity for T*k. replicas: copies of the fp32 sums
-    that CTAs spread over, for batches so small that all CTAs add to a few rows.
+    registers), 0 adds it to memory after every chunk. max_pairs: capacity for T*k.
     """
 
     tile_neurons: int = 16
@@ -46,12 +42,28 @@ class FusedConfig:
     updown_warps: int = 8
     keep_sums: int = 1
     max_pairs: int = 256
-    replicas: int = 1
 
     @property
     def num_threads(self) -> int:
-        """Threads of a CTA: gate and up/down warps, and the two warps that issue the copies."""
-        return 32 * (self.gate_warps + self.updown_warps + 2)
+        """Threads of a CTA: gate and up/down warps, and a warpgroup of which two warps issue the copies."""
+        return 32 * (self.gate_warps + self.updown_warps + 4)
+
+    def registers(self, hidden_size: int) -> tuple[int, int] | None:
+        """Registers of a thread of the gate and of the up/down warps, or None where the register file is too small.
+
+        All threads start with an equal share of the file; then the producers give up most of theirs (setmaxnreg).
+        """
+        gate_groups, updown_groups = self.gate_warps // 4, self.updown_warps // 4
+        start = min(512 // (gate_groups + updown_groups + 1) // 8 * 8, 248)
+        free = start * (gate_groups + updown_groups + 1) - PRODUCER_REGISTERS
+        units = hidden_size // 32
+        gate = WORKING_REGISTERS + 4 * -(-units // self.gate_warps)
+        updown = WORKING_REGISTERS + (12 if self.keep_sums else 4) * -(-units // self.updown_warps)
+        gate, updown = -(-gate // 8) * 8, -(-updown // 8) * 8
+        if gate_groups * gate + updown_groups * updown > free or max(gate, updown) > 240:
+            return None
+        updown = min(240, (free - gate_groups * gate) // updown_groups // 8 * 8)
+        return gate, updown
 
     def smem_bytes(self, hidden_size: int, num_experts: int = 512) -> int:
         """Shared memory of one CTA, bytes: the two rings and the small buffers."""
@@ -68,7 +80,8 @@ class StagedConfig:
     """How the staged kernels cut a layer; the fields are compile-time constants. No limit on T.
 
     token_block: tokens of one expert handled at once. wgmma: 1 for wgmma, 0 for warp MMA. row_stages, row_atoms: tiles
-    in the ring of the gate and up products, and 128-byte lines of each row in a tile. down_stages, down_atoms: the same
+    in the ring of the gate and up products, and 128-byte lines of each row in a tile; row_groups: warp groups, 64 rows
+    each, that share the tokens of a tile. down_stages, down_atoms: the same
     for the down product, whose tile is 64 gathered rows by down_atoms lines. down_tiles: tiles of columns one CTA works
     off in turn. down_splits: CTAs that share the active neurons of one item. overlap: 1 if a kernel may start while the
     last CTAs of the one before it still run (programmatic dependent launch).
@@ -78,6 +91,7 @@ class StagedConfig:
     wgmma: int = 1
     row_stages: int = 6
     row_atoms: int = 1
+    row_groups: int = 1
     down_stages: int = 4
     down_atoms: int = 2
     down_tiles: int = 4
@@ -86,9 +100,9 @@ class StagedConfig:
 
     def smem_bytes(self, intermediate_size: int) -> int:
         """Shared memory of the CTA that needs most, bytes: a ring, and up to four bytes for each 64 neurons."""
-        row_tile = (64 + self.token_block) * 128 * self.row_atoms
+        row_tile = (64 * self.row_groups + self.token_block) * 128 * self.row_atoms
         down_tile = 64 * 128 * self.down_atoms + self.token_block * 128
-        lists = 4 * -(-intermediate_size // 64) + 4 * self.token_block + 1024
+        lists = 4 * -(-intermediate_size // 64) + 4 * self.token_block + 512 * self.row_groups + 512
         return max(row_tile * self.row_stages, down_tile * self.down_stages) + lists
 
     def max_items(self, shape: MoEShape, num_tokens: int) -> int:
@@ -191,6 +205,7 @@ def _illegal_staged(config: StagedConfig, shape: MoEShape) -> str | None:
         "token_block": (16, 32, 64),
         "wgmma": (0, 1),
         "row_atoms": (1, 2),
+        "row_groups": (1, 2),
         "down_atoms": (1, 2, 4),
         "overlap": (0, 1),
     }
@@ -229,10 +244,9 @@ def _illegal_fused(config: FusedConfig, shape: MoEShape, num_tokens: int | None)
     for name in ("gate_stages", "row_stages"):
         if getattr(config, name) < 1:
             return f"{name} is {getattr(config, name)}, must be at least 1"
-    registers = min(255, REGISTERS_OF_SM // config.num_threads // 8 * 8)
-    sums = shape.hidden_size // (4 * config.updown_warps)
-    if config.keep_sums and sums + WORKING_REGISTERS > registers:
-        return f"keep_sums needs {sums} of a thread's {registers} registers, and {WORKING_REGISTERS} are used besides"
+    if config.registers(shape.hidden_size) is None:
+        sums = " and its sums" if config.keep_sums else ""
+        return f"hidden_size {shape.hidden_size}: a warp's share of x{sums} exceeds the registers there are"
     smem = config.smem_bytes(shape.hidden_size, shape.num_experts)
     if smem > SMEM_LIMIT:
         return f"{smem} bytes of shared memory, a CTA has at most {SMEM_LIMIT}"
@@ -247,16 +261,25 @@ def pair_capacity(shape: MoEShape, num_tokens: int) -> int | None:
 
 
 def legal_plans(shape: MoEShape, num_tokens: int, activation: str = "silu") -> Iterator[Plan]:
-    """Every plan of the search space that can run ``num_tokens`` tokens on a GPU; ``dense`` first.
+    """Every plan of the search space that can run ``num_tokens`` tokens on a GPU; ``dense`` first, then simpler first.
 
-    The space: tile size, warps and sums freely; for each size of the row ring, the gate ring takes the memory left.
+    The space of ``fused``: tile size, warps and sums freely; for each size of the row ring, the gate ring
+    takes the memory left. Of ``staged``: token block and rings.
     """
     yield Plan("dense")
+    configs: Iterator[TileConfig] = itertools.chain(_fused_space(shape, num_tokens), _staged_space())
+    for config in configs:
+        plan = Plan("fused" if isinstance(config, FusedConfig) else "staged", config)
+        if illegal_reason(plan, shape, num_tokens, activation) is None:
+            yield plan
+
+
+def _fused_space(shape: MoEShape, num_tokens: int) -> Iterator[FusedConfig]:
     capacity = pair_capacity(shape, num_tokens)
     if capacity is None:
         return
     for tile, stage_rows, gate_warps, updown_warps, row_stages, keep_sums in itertools.product(
-        (16, 32, 64, 128), (16, 8), (4, 8), (8, 16, 4), (2, 3, 4, 1), (1, 0)
+        (16, 32, 64, 128), (8, 16), (4, 8), (8, 16, 4), (2, 3, 4, 1), (1, 0)
     ):
         config = FusedConfig(
             tile_neurons=tile,
@@ -270,6 +293,18 @@ def legal_plans(shape: MoEShape, num_tokens: int, activation: str = "silu") -> I
         )
         free = SMEM_LIMIT - config.smem_bytes(shape.hidden_size, shape.num_experts)
         more = max(0, free) // (stage_rows * (2 * shape.hidden_size + ROW_PAD))
-        plan = Plan("fused", replace(config, gate_stages=min(8, 1 + more)))
-        if illegal_reason(plan, shape, num_tokens, activation) is None:
-            yield plan
+        yield replace(config, gate_stages=min(8, 1 + more))
+
+
+def _staged_space() -> Iterator[StagedConfig]:
+    for token_block, (row_stages, row_atoms), (down_stages, down_atoms), down_tiles in itertools.product(
+        (16, 32, 64), ((6, 1), (8, 1), (4, 2)), ((4, 2), (6, 2), (3, 4)), (4, 2, 8)
+    ):
+        yield StagedConfig(
+            token_block=token_block,
+            row_stages=row_stages,
+            row_atoms=row_atoms,
+            down_stages=down_stages,
+            down_atoms=down_atoms,
+            down_tiles=down_tiles,
+        )

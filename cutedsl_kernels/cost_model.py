@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .configs import TOKEN_BLOCK, FusedConfig, Plan
+from .configs import TOKEN_BLOCK, FusedConfig, Plan, StagedConfig
 from .shapes import MoEShape
 
 BYTES_PER_WEIGHT = 2  # bf16
@@ -63,6 +63,9 @@ DENSE_FIXED_US = 12.0  # two products, activation, alignment: from the H200 figu
 DENSE_COPY_SHARE = 0.97
 FUSED_FIXED_US = 5.0
 FUSED_COPY_SHARE = 0.80  # assumed until tables of the device exist
+STAGED_FIXED_US = 15.0  # five dependent launches
+STAGED_COPY_SHARE = 0.75  # assumed
+STAGED_TFLOPS_SHARE = 0.5  # of dense_tflops: gathered rows, short N. Assumed
 IN_FLIGHT_BYTES = 45 * 1024  # per SM; less than this in flight does not cover the DRAM latency
 
 
@@ -75,6 +78,8 @@ def estimate_us(
         return DENSE_FIXED_US + max(moved, layer_flops(shape, num_tokens, pair_skip) / (gpu.dense_tflops * 1e6))
     if isinstance(plan.config, FusedConfig):
         return _fused_us(plan.config, shape, num_tokens, sparsity, gpu, pair_skip)
+    if isinstance(plan.config, StagedConfig):
+        return _staged_us(plan.config, shape, num_tokens, sparsity, gpu, pair_skip)
     return float("inf")
 
 
@@ -98,3 +103,20 @@ def _fused_us(
     per_item_us = 0.4  # routing scan, barriers, list: what a work item costs beside its bytes
     transfer = seconds_us / (gpu.copy_gbps * 1e3 * FUSED_COPY_SHARE * balance * covered)
     return FUSED_FIXED_US + transfer + per_item_us * max(1.0, waves)
+
+
+def _staged_us(
+    config: StagedConfig, shape: MoEShape, num_tokens: int, sparsity: float, gpu: Gpu, pair_skip: float
+) -> float:
+    share = shape.top_k * (1 - pair_skip) / shape.num_experts
+    experts = shape.num_experts * (1 - (1 - share) ** num_tokens)
+    per_expert = num_tokens * share * shape.num_experts / experts if experts else 0.0
+    in_block = min(per_expert, config.token_block)
+    blocks = max(1.0, per_expert / config.token_block)
+    active = (1 - sparsity) / (1 - pair_skip) if pair_skip < 1 else 0.0
+    union = 1 - (1 - active) ** in_block  # of the tokens of one block, whose every product is computed
+    moved = layer_bytes(shape, num_tokens, sparsity, pair_skip)
+    weights = (moved.gate + moved.up_down) * (1 + 0.3 * (blocks - 1)) + moved.tokens
+    flops = layer_flops(shape, num_tokens, pair_skip) * (1 + 2 * union) / 3 * max(1.0, 16 / max(in_block, 1.0))
+    memory_us = weights / (gpu.copy_gbps * 1e3 * STAGED_COPY_SHARE)
+    return STAGED_FIXED_US + max(memory_us, flops / (gpu.dense_tflops * 1e6 * STAGED_TFLOPS_SHARE))

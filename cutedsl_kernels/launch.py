@@ -8,14 +8,16 @@ the same time on different streams.
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from .compile import compile_count, compile_kernel, fused_spec
-from .configs import FusedConfig, Plan, illegal_reason
+from .compile import compile_count, compile_kernel, plan_spec
+from .configs import KERNEL_ACTIVATIONS, Plan, StagedConfig, TileConfig, illegal_reason
 from .dense import sparse_moe_dense
 from .environment import gpu_of
 from .plan import plan_for
@@ -27,6 +29,7 @@ from .weights import ExpertWeights
 ASSUMED_SPARSITY = 0.8
 ASSUMED_PAIR_SKIP = 0.2
 REMEMBERED_SCALARS = 256
+ALIGNMENT = 256  # bytes, of every buffer in a workspace
 
 
 class NotWarm(RuntimeError):
@@ -50,8 +53,9 @@ def sparse_moe_cuda(
 ) -> torch.Tensor:
     """sparse_moe for validated CUDA tensors; bf16 only.
 
-    plan None: plan_for at ASSUMED_SPARSITY (0 for the threshold 0.0), dense where no kernel can run the layer. A plan
-    that cannot run is a ValueError that says why. NotWarm while a graph is captured without a warm-up.
+    plan None: plan_for at ASSUMED_SPARSITY (0 for the threshold 0.0), dense where no kernel can run the layer, staged
+    under torch.use_deterministic_algorithms. A plan that cannot run is a ValueError that says why. NotWarm while a
+    graph is captured without a warm-up.
     """
     if hidden_states.dtype != torch.bfloat16:
         raise TypeError(f"weights and hidden_states must be bfloat16 on a CUDA device, got {hidden_states.dtype}")
@@ -80,56 +84,32 @@ def sparse_moe_cuda(
             apply_router_weight_on_input=apply_router_weight_on_input,
             out=out,
         )
-    assert isinstance(plan.config, FusedConfig)
-    return _run_fused(
-        plan.config,
-        shape,
-        _aligned(hidden_states),
-        weights,
-        _plain(topk_weights, torch.float32),
-        _plain(topk_ids, torch.int32),
-        threshold_table(thresholds, shape, device),
-        router_weighted,
-        pair_threshold,
-        activation,
-        None if expert_map is None else _plain(expert_map, torch.int32),
-        apply_router_weight_on_input,
-        out,
-    )
-
-
-def _run_fused(
-    config: FusedConfig,
-    shape: MoEShape,
-    hidden_states: torch.Tensor,
-    weights: ExpertWeights,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    thresholds: torch.Tensor,
-    router_weighted: bool,
-    pair_threshold: float,
-    activation: str,
-    expert_map: torch.Tensor | None,
-    weight_on_input: bool,
-    out: torch.Tensor | None,
-) -> torch.Tensor:
-    launch = _fused_kernel(shape, config, activation, router_weighted, weight_on_input, expert_map is not None)
-    scratch = scratch_for(hidden_states.device, hidden_states.shape[0], shape.hidden_size)
-    y = torch.empty_like(hidden_states) if out is None or not _writable(out, hidden_states) else out
-    launch(
-        hidden_states,
+    config = plan.config
+    assert config is not None
+    deterministic = isinstance(config, StagedConfig) and torch.are_deterministic_algorithms_enabled()
+    flags = (activation, router_weighted, apply_router_weight_on_input, expert_map is not None, deterministic)
+    launch = _kernel(shape, config, *flags)
+    x, ids = _aligned(hidden_states), _plain(topk_ids, torch.int32)
+    y = torch.empty_like(x) if out is None or not _writable(out, x) else out
+    inputs = (
+        x,
         weights.w13,
         weights.w2_rows,
-        thresholds,
-        topk_ids,
-        topk_weights,
-        topk_ids.view(-1) if expert_map is None else expert_map,  # without a map: any int32 tensor, never read
-        scratch.accum,
-        scratch.counters,
-        y,
-        pair_threshold,
-        gpu_of(hidden_states.device).num_sms,
+        threshold_table(thresholds, shape, device),
+        ids,
+        _plain(topk_weights, torch.float32),
+        ids.view(-1) if expert_map is None else _plain(expert_map, torch.int32),  # without a map: never read
     )
+    if isinstance(config, StagedConfig):
+        launch(
+            *inputs,
+            pair_threshold,
+            *workspace_for(device, config, shape, num_tokens, deterministic, apply_router_weight_on_input),
+            y,
+        )
+    else:
+        scratch = scratch_for(device, num_tokens, shape.hidden_size)
+        launch(*inputs, scratch.accum, scratch.counters, y, pair_threshold, gpu_of(device).num_sms)
     return y if out is None or out is y else out.copy_(y)
 
 
@@ -139,24 +119,28 @@ def _writable(out: torch.Tensor, hidden_states: torch.Tensor) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def _fused_kernel(
+def _kernel(
     shape: MoEShape,
-    config: FusedConfig,
+    config: TileConfig,
     activation: str,
     router_weighted: bool,
     weight_on_input: bool,
     has_expert_map: bool,
+    deterministic: bool,
 ) -> Callable[..., Any]:
     """Its body runs once for each kernel, which is when a graph capture has to be refused."""
     _refuse_capture("a kernel to load")
+    flags: dict[str, Any] = {"deterministic": deterministic} if isinstance(config, StagedConfig) else {}
+    plan = Plan("staged" if isinstance(config, StagedConfig) else "fused", config)
     return compile_kernel(
-        fused_spec(
+        plan_spec(
+            plan,
             shape,
-            config,
             activation=activation,
             router_weighted=router_weighted,
             weight_on_input=weight_on_input,
             has_expert_map=has_expert_map,
+            **flags,
         )
     )
 
@@ -169,8 +153,11 @@ def _default_plan(
     pair_skip: float,
     activation: str,
 ) -> Plan:
-    if _no_kernels(weights):
+    if _no_kernels(weights) or activation not in KERNEL_ACTIVATIONS:
         return Plan("dense")
+    if torch.are_deterministic_algorithms_enabled():
+        plan = Plan("staged", StagedConfig())
+        return plan if _cannot_run(plan, shape, num_tokens, activation) is None else Plan("dense")
     return plan_for(shape, num_tokens, max(sparsity, pair_skip), weights.device, pair_skip, activation)
 
 
@@ -180,8 +167,10 @@ def _check_plan(plan: Plan, weights: ExpertWeights, shape: MoEShape, num_tokens:
     reason = _no_kernels(weights) or _cannot_run(plan, shape, num_tokens, activation)
     if plan.kind == "cpu":
         reason = "it is for tensors on the CPU"
+    elif plan.kind == "fused" and torch.are_deterministic_algorithms_enabled():
+        reason = "it adds in no fixed order, and torch.use_deterministic_algorithms is on"
     if reason:
-        raise ValueError(f"plan {plan} cannot run {shape.key} at {num_tokens} tokens: {reason}: use Plan('dense')")
+        raise ValueError(f"plan {plan} cannot run {shape.key} at {num_tokens} tokens: {reason}: leave plan out")
 
 
 _cannot_run = functools.lru_cache(maxsize=65536)(illegal_reason)
@@ -241,13 +230,18 @@ class Scratch:
 
 
 _scratch: dict[tuple[torch.device, int, int], Scratch] = {}
-_retired: list[Scratch] = []  # captured graphs may still write to these
+_pools: dict[tuple[torch.device, int], torch.Tensor] = {}
+_workspaces: dict[tuple[Any, ...], tuple[torch.Tensor, ...]] = {}
+_retired: list[Scratch | torch.Tensor] = []  # captured graphs may still write to these
+
+
+def _stream_of(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 def scratch_for(device: torch.device, num_tokens: int, hidden_size: int) -> Scratch:
     """Scratch of the current stream for ``num_tokens`` tokens or more; NotWarm if a capture would have to make it."""
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    key = (device, stream, hidden_size)
+    key = (device, _stream_of(device), hidden_size)
     found = _scratch.get(key)
     if found is not None and found.counters.shape[0] >= num_tokens:
         return found
@@ -260,6 +254,42 @@ def scratch_for(device: torch.device, num_tokens: int, hidden_size: int) -> Scra
         torch.zeros(rows, dtype=torch.int32, device=device),
     )
     return _scratch[key]
+
+
+def workspace_for(
+    device: torch.device,
+    config: StagedConfig,
+    shape: MoEShape,
+    num_tokens: int,
+    deterministic: bool,
+    weight_on_input: bool,
+) -> tuple[torch.Tensor, ...]:
+    """The buffers of StagedConfig.workspace, uninitialised, cut from one pool per stream that all layers share.
+
+    NotWarm if a capture would have to enlarge the pool.
+    """
+    where = (device, _stream_of(device))
+    key = (*where, config, shape, num_tokens, deterministic, weight_on_input)
+    found = _workspaces.get(key)
+    if found is not None:
+        return found
+    sizes = config.workspace(shape, num_tokens, deterministic, weight_on_input).values()
+    dtypes = [getattr(torch, name) for _, name in sizes]
+    lengths = [math.prod(size) * dtype.itemsize for (size, _), dtype in zip(sizes, dtypes, strict=True)]
+    starts = [0, *itertools.accumulate(-(-length // ALIGNMENT) * ALIGNMENT for length in lengths)]
+    pool = _pools.get(where)
+    if pool is None or pool.numel() < starts[-1]:
+        _refuse_capture("scratch memory to allocate")
+        if pool is not None:
+            _retired.append(pool)
+            for stale in [k for k in _workspaces if k[:2] == where]:
+                del _workspaces[stale]
+        pool = _pools[where] = torch.empty(starts[-1], dtype=torch.uint8, device=device)
+    _workspaces[key] = tuple(
+        pool[start : start + length].view(dtype).view(size)
+        for start, length, dtype, (size, _) in zip(starts, lengths, dtypes, sizes, strict=False)
+    )
+    return _workspaces[key]
 
 
 def _refuse_capture(what: str) -> None:

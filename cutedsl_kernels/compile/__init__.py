@@ -15,7 +15,7 @@ from typing import Any
 
 from ..environment import dsl_version, user_dir
 from .cache import CacheWarning, ObjectCache
-from .specs import KernelSpec, fused_spec, source_fingerprint
+from .specs import KernelSpec, fused_spec, plan_spec, source_fingerprint
 
 __all__ = [
     "CacheWarning",
@@ -25,6 +25,7 @@ __all__ = [
     "compile_kernel",
     "fused_spec",
     "is_compiled",
+    "plan_spec",
 ]
 
 Launch = Callable[..., Any]

@@ -26,11 +26,11 @@ SYMBOL = "cutedsl_kernels_launch"
 
 @dataclass(frozen=True)
 class Listing:
-    """What a compilation left behind, for inspection. name: of the kernel; ptx: text; cubin: ELF image."""
+    """What a compilation left behind, for inspection: PTX text, cubin (an ELF image), and the host code in MLIR."""
 
-    name: str
     ptx: str
     cubin: bytes
+    host: str
 
 
 @functools.cache
@@ -58,10 +58,10 @@ def compile_object(spec: KernelSpec, path: Path) -> None:
 
 
 def compile_listing(spec: KernelSpec) -> Listing:
-    """Compiles ``spec`` for sm_90a and returns PTX and cubin."""
+    """Compiles ``spec`` for sm_90a and returns what there is to inspect, kept nowhere."""
     with tempfile.TemporaryDirectory() as folder:
         options = f"--keep-ptx --keep-cubin --dump-dir {folder}"
-        return _compile(spec, options, lambda compiled: Listing(spec.name, compiled.__ptx__, compiled.__cubin__))
+        return _compile(spec, options, lambda r: Listing(r.__ptx__, r.__cubin__, str(r.ir_module)))
 
 
 def _compile(spec: KernelSpec, options: str, use: Callable[[Any], Any]) -> Any:

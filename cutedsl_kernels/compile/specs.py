@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ..configs import FusedConfig, StagedConfig
+from ..configs import FusedConfig, Plan, StagedConfig
 from ..shapes import MoEShape
 
 
@@ -112,6 +112,15 @@ def staged_spec(
         has_expert_map=has_expert_map,
         deterministic=deterministic,
     )
+
+
+def plan_spec(plan: Plan, shape: MoEShape, **flags: Any) -> KernelSpec:
+    """Spec of the kernel that ``plan`` runs; flags as of fused_spec. ValueError for a plan without one."""
+    if isinstance(plan.config, FusedConfig):
+        return fused_spec(shape, plan.config, **flags)
+    if isinstance(plan.config, StagedConfig):
+        return staged_spec(shape, plan.config, **flags)
+    raise ValueError(f"plan must be one with a kernel, got {plan}")
 
 
 class Fakes:
