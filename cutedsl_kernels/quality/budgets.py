@@ -19,7 +19,7 @@ import numpy as np
 from ..calibration import LayerHistogram, score_edges
 from ..errors import UserError
 
-BUDGETS = ("uniform", "greedy", "fisher")
+BUDGETS = ("uniform", "shared", "greedy", "fisher")
 GREEDY_GRID = (0.3, 0.5, 0.65, 0.8, 0.9, 0.95)
 FISHER_POINT = 0.7
 DEFAULT_CAP = 0.98
@@ -39,6 +39,35 @@ def error_curve(histogram: LayerHistogram, *, router_weighted: bool, grid: Seque
     error = np.concatenate([[0.0], np.cumsum(counts * middle**2)]) / counts.sum()
     points = np.unique(np.concatenate([[0.0], np.asarray(grid, dtype=np.float64)]))
     return points, np.interp(points, share, error)
+
+
+def shared_threshold(
+    histograms: Mapping[str, LayerHistogram], averages: Iterable[float], *, router_weighted: bool
+) -> dict[float, dict[str, float]]:
+    """{average: {layer: sparsity}} that one threshold for all layers gives (the paper's rule, for the score gate)."""
+    edges = score_edges()
+    shares = {}
+    for name, histogram in histograms.items():
+        counts = (histogram.routed if router_weighted else histogram.gate).cpu().numpy().astype(np.float64).sum(0)
+        shares[name] = np.concatenate([[0.0], np.cumsum(counts)]) / counts.sum()
+    mean = np.mean(list(shares.values()), axis=0)
+    found = {}
+    for average in averages:
+        tau = float(np.interp(average, mean, edges))
+        found[average] = {name: float(np.interp(tau, edges, share)) for name, share in shares.items()}
+    return found
+
+
+class Budget:
+    """Sparsity of every layer for any average, linear between the averages it was made for."""
+
+    def __init__(self, allocation: Mapping[float, Mapping[str, float]]) -> None:
+        self.averages = np.array([0.0, *sorted(allocation)])
+        names = next(iter(allocation.values()))
+        self.columns = {name: np.array([0.0, *(allocation[a][name] for a in sorted(allocation))]) for name in names}
+
+    def at(self, average: float) -> dict[str, float]:
+        return {name: float(np.interp(average, self.averages, column)) for name, column in self.columns.items()}
 
 
 def measured_curve(points: Mapping[float, float]) -> Curve:

@@ -23,6 +23,8 @@ from ..reference import gate_activation
 from ..weights import ExpertWeights
 from .scores import row_norms
 
+BATCH_TOKENS = 16384 if torch.cuda.is_available() else 4096
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -52,6 +54,8 @@ class Layer:
     counters: LayerCounters = field(default_factory=LayerCounters)
     tap: Tap | None = None
     least_best_weight: float = math.inf
+    probing: bool = False
+    probe: torch.Tensor | None = None
     down_norms: torch.Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -66,7 +70,7 @@ class Layer:
             tau = torch.as_tensor(rule.tau, dtype=torch.float32, device=hidden_states.device)
             tau = tau.expand(weights.num_experts, inter)
         result = torch.zeros(hidden_states.shape, dtype=torch.float32, device=hidden_states.device)
-        self.least_best_weight = min(self.least_best_weight, float(topk_weights.amax(dim=1).min()))
+        self.least_best_weight = min(self.least_best_weight, float(topk_weights.detach().amax(dim=1).min()))
         flat = topk_ids.flatten()
         order = torch.argsort(flat, stable=True)
         counts = torch.bincount(flat, minlength=weights.num_experts).tolist()
@@ -98,6 +102,9 @@ class Layer:
             if self.tap is not None:
                 self.tap(e, token, r, a, u, active)
             result.index_add_(0, token, (h @ weights.w2_rows[e].float()) * r.unsqueeze(1))
+        if self.probing:
+            self.probe = torch.zeros_like(result).requires_grad_()
+            result = result + self.probe
         return result.to(hidden_states.dtype)
 
 
@@ -105,7 +112,7 @@ class MoEModel:
     """A causal LM with its routed-expert layers opened up. ``layers``: in model order, by module name."""
 
     def __init__(self, model: Any) -> None:
-        self.model = model.eval()
+        self.model = model.eval().requires_grad_(False)
         config = model.config
         activation = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}.get(
             config.hidden_act
@@ -158,7 +165,33 @@ class MoEModel:
         logits = self.model(input_ids=batch.to(self.device), use_cache=False).logits
         return torch.log_softmax(logits.float(), dim=-1)
 
-    def batches(self, sequences: Sequence[Sequence[int]], tokens: int = 4096) -> Iterator[torch.Tensor]:
+    def output_gradients(self, batch: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """Per layer, gradients of -log p(label) by the layer's output, fp32 [B * L, H], labels drawn from the model's
+        own prediction.
+
+        Their second moments are the Fisher information, to second order twice the KL that an error of the output
+        causes.
+        """
+        for layer in self.layers.values():
+            layer.probing = True
+        try:
+            with torch.enable_grad():
+                logits = self.model(input_ids=batch.to(self.device), use_cache=False).logits.float()
+                flat = logits.flatten(0, 1)
+                chosen = torch.multinomial(flat.detach().softmax(-1).cpu(), 1, generator=generator).to(flat.device)
+                (-torch.log_softmax(flat, dim=-1).gather(1, chosen).sum()).backward()
+            found = {}
+            for name, layer in self.layers.items():
+                gradient = None if layer.probe is None else layer.probe.grad
+                if gradient is None:
+                    raise ValueError(f"layer {name} has no influence on the prediction: it was not run")
+                found[name] = gradient
+            return found
+        finally:
+            for layer in self.layers.values():
+                layer.probing, layer.probe = False, None
+
+    def batches(self, sequences: Sequence[Sequence[int]], tokens: int = BATCH_TOKENS) -> Iterator[torch.Tensor]:
         """Sequences of equal length stacked as [B, L], about ``tokens`` at a time."""
         pending: list[Sequence[int]] = []
         for sequence in sequences:

@@ -37,6 +37,67 @@ def record_moments(model: MoEModel, sequences: Sequences) -> dict[str, UpMoments
     return found
 
 
+def record_weighted_moments(model: MoEModel, sequences: Sequences) -> dict[str, torch.Tensor]:
+    """sqrt(E[a^2 u^2] / E[a^2]) of every neuron, fp32 [E, I]: the size of u where the gate is open."""
+    products: dict[str, UpMoments] = {}
+    gates: dict[str, UpMoments] = {}
+
+    def make(layer: Layer) -> Tap:
+        shape = (layer.weights.num_experts, layer.weights.intermediate_size)
+        product = products[layer.name] = UpMoments(*shape, layer.weights.device)
+        gate = gates[layer.name] = UpMoments(*shape, layer.weights.device)
+
+        def tap(
+            expert: int, token: torch.Tensor, r: torch.Tensor, a: torch.Tensor, u: torch.Tensor, active: torch.Tensor
+        ) -> None:
+            product.observe(expert, a * u)
+            gate.observe(expert, a)
+
+        return tap
+
+    _run(model, sequences, make)
+    found = {}
+    for name, layer in model.layers.items():
+        norms = row_norms(layer.weights)[0]
+        found[name] = products[name].rms(norms) / gates[name].rms(torch.ones_like(norms)).clamp(min=1e-12)
+    return found
+
+
+def record_fisher(model: MoEModel, sequences: Sequences, seed: int = 0) -> dict[str, torch.Tensor]:
+    """sqrt(E[(u * (w_down . g))^2]) of every neuron, fp32 [E, I], with g the gradient of
+    MoEModel.output_gradients.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    found = {
+        name: UpMoments(layer.weights.num_experts, layer.weights.intermediate_size, layer.weights.device)
+        for name, layer in model.layers.items()
+    }
+    model.set_rules(None)
+    for batch in model.batches(sequences):
+        gradients = model.output_gradients(batch, generator)
+
+        def make(layer: Layer, gradients: dict[str, torch.Tensor] = gradients) -> Tap:
+            def tap(
+                expert: int,
+                token: torch.Tensor,
+                r: torch.Tensor,
+                a: torch.Tensor,
+                u: torch.Tensor,
+                active: torch.Tensor,
+            ) -> None:
+                effect = gradients[layer.name][token] @ layer.weights.w2_rows[expert].float().t()
+                found[layer.name].observe(expert, u * effect)
+
+            return tap
+
+        model.set_taps(make)
+        try:
+            model.log_probs(batch)
+        finally:
+            model.set_taps(None)
+    return {name: found[name].rms(torch.mul(*row_norms(layer.weights))) for name, layer in model.layers.items()}
+
+
 def record_scores(
     model: MoEModel, sequences: Sequences, weights: Mapping[str, torch.Tensor | None], *, oracle: bool = False
 ) -> dict[str, LayerHistogram]:
@@ -95,8 +156,19 @@ class Scored:
         for name, layer in model.layers.items():
             rms = moments[name].rms(row_norms(layer.weights)[0]) if score.calibrated and moments else None
             weights[name] = neuron_weights(score, layer.weights, rms)
-        histograms = record_scores(model, sequences, weights)
-        return cls(score.router_weighted, weights, histograms, _rho_caps(model))
+        return cls.with_weights(model, sequences, weights, router_weighted=score.router_weighted)
+
+    @classmethod
+    def with_weights(
+        cls,
+        model: MoEModel,
+        sequences: Sequences,
+        weights: dict[str, torch.Tensor | None],
+        *,
+        router_weighted: bool = True,
+    ) -> Scored:
+        """Any c, [E, I] per layer or None."""
+        return cls(router_weighted, weights, record_scores(model, sequences, weights), _rho_caps(model))
 
     @classmethod
     def record_oracle(cls, model: MoEModel, sequences: Sequences, *, router_weighted: bool = True) -> Scored:
@@ -187,14 +259,19 @@ def sparsity_for_bytes(skip_pairs: float, bytes_share: float) -> float | None:
     return sparsity if skip_pairs <= sparsity <= 1 else None
 
 
+RulesFor = Callable[
+    [float, float], dict[str, LayerThresholds]
+]  # (average sparsity, share of pairs skipped) -> thresholds
+
+
 def sparsity_for_batch_bytes(
-    scored: Scored, pairs: Mapping[str, LayerPairs], skip_pairs: float, bytes_share: float, batch: int, seed: int = 0
+    thresholds: RulesFor, pairs: Mapping[str, LayerPairs], skip_pairs: float, bytes_share: float, batch: int
 ) -> float | None:
     """As sparsity_for_bytes, for ``batch`` tokens at once, on recorded pairs; bisection to 0.002."""
 
     def share(sparsity: float) -> float:
-        generator = torch.Generator().manual_seed(seed)
-        limits = scored.thresholds(sparsity, skip_pairs)
+        generator = torch.Generator().manual_seed(0)
+        limits = thresholds(sparsity, skip_pairs)
         parts = [batch_bytes(p, p.masks(*limits[name]), batch, generator, samples=4) for name, p in pairs.items()]
         return sum(parts) / len(parts)
 
@@ -213,13 +290,16 @@ def joint_for_bytes(
     bytes_share: float,
     shares: Sequence[float],
     *,
+    thresholds: RulesFor | None = None,
     batch: int = 1,
     pairs: Mapping[str, LayerPairs] | None = None,
 ) -> list[JointPoint]:
     """Quality of every share of skipped pairs at the same traffic, best first; empty if none can reach the goal.
 
-    ``pairs`` (record_pairs) is needed for ``batch`` > 1. Traffic is what the thresholds give on calibration text.
+    ``thresholds``: None for the same sparsity in every layer. ``pairs`` (record_pairs) is needed for ``batch`` > 1.
+    Traffic is what the thresholds give on calibration text.
     """
+    limits = thresholds or scored.thresholds
     found = []
     for share in shares:
         if batch == 1:
@@ -227,23 +307,31 @@ def joint_for_bytes(
         elif pairs is None:
             raise ValueError("pairs must be given (record_pairs) for a batch of more than one token")
         else:
-            sparsity = sparsity_for_batch_bytes(scored, pairs, share, bytes_share, batch)
+            sparsity = sparsity_for_batch_bytes(limits, pairs, share, bytes_share, batch)
         if sparsity is not None:
-            found.append(JointPoint(share, sparsity, bytes_share, evaluator.quality(scored.rules(sparsity, share))))
+            quality = evaluator.quality(scored.as_rules(limits(sparsity, share)))
+            found.append(JointPoint(share, sparsity, bytes_share, quality))
     return sorted(found, key=lambda point: point.quality.kl_mean)
 
 
 def joint_for_kl(
-    evaluator: Evaluator, scored: Scored, kl: float, shares: Sequence[float], *, tolerance: float = 0.005
+    evaluator: Evaluator,
+    scored: Scored,
+    kl: float,
+    shares: Sequence[float],
+    *,
+    thresholds: RulesFor | None = None,
+    tolerance: float = 0.004,
 ) -> list[JointPoint]:
     """For each share of skipped pairs the highest sparsity whose mean KL stays within ``kl``, fewest bytes first."""
+    limits = thresholds or scored.thresholds
     found = []
     for share in shares:
         point: JointPoint | None = None
-        low, high = share, 0.99
+        low, high = share, 0.995
         while high - low > tolerance:
             middle = (low + high) / 2
-            quality = evaluator.quality(scored.rules(middle, share))
+            quality = evaluator.quality(scored.as_rules(limits(middle, share)))
             if quality.kl_mean <= kl:
                 low = middle
                 point = JointPoint(share, middle, ((1 - share) + 2 * (1 - middle)) / 3, quality)

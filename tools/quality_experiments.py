@@ -1,0 +1,276 @@
+"""Measures scores, budgets, pair skipping and mask overlap on trained models; one CSV row per measurement.
+
+    python tools/quality_experiments.py CHECKPOINT... --out bench/results [--tokens 32768] [--device auto]
+
+Writes OUT/quality_NAME.csv for each checkpoint folder NAME. Thresholds come from the calibration split of
+tools/corpus.py, figures from its held-out split, or from --text FILE (calibration from its first half). Plain torch
+(cutedsl_kernels.quality.hf), fp32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import corpus
+
+from cutedsl_kernels.quality import budgets
+from cutedsl_kernels.quality.hf import MoEModel
+from cutedsl_kernels.quality.metrics import Quality, byte_gain_batch_1
+from cutedsl_kernels.quality.scores import SCORES, row_norms
+from cutedsl_kernels.quality.search import (
+    Evaluator,
+    Scored,
+    joint_for_bytes,
+    joint_for_kl,
+    record_fisher,
+    record_moments,
+    record_weighted_moments,
+)
+from cutedsl_kernels.quality.traffic import overlap, record_pairs
+
+TARGETS = (0.5, 0.7, 0.8, 0.85, 0.9)
+SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
+AVERAGES = [round(0.01 * i, 2) for i in range(1, 100)]
+COLUMNS = [
+    "date",
+    "model",
+    "experiment",
+    "score",
+    "budget",
+    "batch",
+    "target",
+    "skip_pairs_asked",
+    "sparsity",
+    "skipped_pairs",
+    "kl_mean",
+    "kl_p99",
+    "flip_rate",
+    "perplexity",
+    "byte_gain_batch_1",
+    "union",
+    "iou",
+    "layer_sparsities",
+    "calibration_tokens",
+    "evaluation_tokens",
+    "device",
+]
+
+
+class Study:
+    """One model, its texts, and the rows measured so far."""
+
+    def __init__(self, path: Path, calibration: list[list[int]], held_out: list[list[int]], device: str) -> None:
+        self.name = path.name
+        self.model = MoEModel.load(path, device)
+        self.calibration = calibration
+        self.evaluator = Evaluator(self.model, held_out)
+        self.tuner = Evaluator(self.model, calibration[: max(1, len(calibration) // 2)])
+        self.rows: list[dict[str, Any]] = []
+        self.fixed = {
+            "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+            "model": self.name,
+            "calibration_tokens": sum(map(len, calibration)),
+            "evaluation_tokens": sum(map(len, held_out)),
+            "device": torch.cuda.get_device_name() if self.model.device.type == "cuda" else "cpu",
+        }
+        self.scored: dict[str, Scored] = {}
+
+    def record(self) -> None:
+        """Every score, from one recording of each kind of moment."""
+        model, text = self.model, self.calibration
+        moments = record_moments(model, text)
+        for name, score in SCORES.items():
+            self.scored[name] = Scored.record(model, text, score, moments)
+        weighted, fisher = record_weighted_moments(model, text), record_fisher(model, text)
+        down = {name: row_norms(layer.weights)[1] for name, layer in model.layers.items()}
+        self.scored["gated-moments-routed"] = Scored.with_weights(model, text, {n: down[n] * weighted[n] for n in down})
+        for name in ("fisher", "fisher-routed"):
+            weights: dict[str, torch.Tensor | None] = dict(fisher)
+            self.scored[name] = Scored.with_weights(model, text, weights, router_weighted=name.endswith("routed"))
+        for name in ("oracle", "oracle-routed"):
+            self.scored[name] = Scored.record_oracle(model, text, router_weighted=name.endswith("routed"))
+
+    def add(self, experiment: str, score: str, budget: str, quality: Quality, **values: Any) -> None:
+        sparsity, skipped = self.evaluator.realised()
+        layers = " ".join(f"{layer.counters.sparsity:.3f}" for layer in self.model.layers.values())
+        row = {
+            **self.fixed,
+            "experiment": experiment,
+            "score": score,
+            "budget": budget,
+            "sparsity": round(sparsity, 4),
+            "skipped_pairs": round(skipped, 4),
+            "kl_mean": round(quality.kl_mean, 6),
+            "kl_p99": round(quality.kl_p99, 4),
+            "flip_rate": round(quality.flip_rate, 5),
+            "perplexity": round(quality.perplexity, 4),
+            "byte_gain_batch_1": round(byte_gain_batch_1(sparsity, skipped), 3),
+            "layer_sparsities": layers,
+            **values,
+        }
+        self.rows.append(row)
+        shown = {
+            k: row.get(k) for k in ("target", "sparsity", "skipped_pairs", "kl_mean", "flip_rate", "byte_gain_batch_1")
+        }
+        print(f"{self.name} {experiment} {score} {budget} {shown}", flush=True)
+
+    def scores(self) -> None:
+        """Every score, the same sparsity in each layer."""
+        self.add("dense", "", "", self.evaluator.quality(None), target=0.0)
+        for name, scored in self.scored.items():
+            for target in TARGETS:
+                self.add("score", name, "uniform", self.evaluator.quality(scored.rules(target)), target=target)
+
+    def budget(self, name: str, kind: str) -> budgets.Budget:
+        """A budget for a score; costs are KL on calibration text, one layer sparse at a time."""
+        scored = self.scored[name]
+
+        def cost(layer: str, sparsity: float) -> float:
+            alone = {other: sparsity if other == layer else 0.0 for other in self.model.layers}
+            return self.tuner.quality(scored.rules(alone)).kl_mean
+
+        if kind == "uniform":
+            return budgets.Budget({a: dict.fromkeys(self.model.layers, a) for a in AVERAGES})
+        routed = scored.router_weighted
+        if kind == "shared":
+            return budgets.Budget(budgets.shared_threshold(scored.histograms, AVERAGES, router_weighted=routed))
+        measured = budgets.Measurements(None, {})
+        grid = budgets.GREEDY_GRID if kind == "greedy" else (budgets.FISHER_POINT,)
+        measured.measure(self.model.layers, grid, cost)
+        if kind == "greedy":
+            curves = {layer: budgets.measured_curve(points) for layer, points in measured.costs.items()}
+        else:
+            curves = budgets.fisher_curves(scored.histograms, measured.costs, router_weighted=routed)
+        return budgets.Budget(budgets.allocate(curves, AVERAGES))
+
+    def all_budgets(self, names: Sequence[str]) -> dict[tuple[str, str], budgets.Budget]:
+        found = {}
+        for name in names:
+            for kind in budgets.BUDGETS:
+                budget = found[name, kind] = self.budget(name, kind)
+                if kind == "uniform":
+                    continue
+                for target in TARGETS:
+                    quality = self.evaluator.quality(self.scored[name].rules(budget.at(target)))
+                    self.add("budget", name, kind, quality, target=target)
+        return found
+
+    def joint(self, names: Sequence[str], kinds: Sequence[str], made: dict[tuple[str, str], budgets.Budget]) -> None:
+        """Pairs skipped and sparsity together: least bytes at the KL of gate at 85 %, and least KL at given bytes."""
+        bar = self.tuner.quality(self.scored["gate"].rules(0.85)).kl_mean
+        quality = self.evaluator.quality(self.scored["gate"].rules(0.85))
+        self.add("joint-kl-bar", "gate", "uniform", quality, target=0.85)
+        for name in names:
+            scored = self.scored[name]
+            for kind in kinds:
+                budget = made[name, kind]
+
+                def limits(
+                    sparsity: float, share: float, scored: Scored = scored, budget: budgets.Budget = budget
+                ) -> Any:
+                    return scored.thresholds(budget.at(sparsity), share)
+
+                for point in joint_for_kl(self.tuner, scored, bar, SHARES, thresholds=limits):
+                    found = self.evaluator.quality(scored.as_rules(limits(point.sparsity, point.skip_pairs)))
+                    self.add(
+                        "joint-kl", name, kind, found, target=point.sparsity, skip_pairs_asked=point.skip_pairs, batch=1
+                    )
+                for gain in (2.0, 2.3, 2.8, 3.3, 3.8):
+                    for point in joint_for_bytes(self.tuner, scored, 1 / gain, SHARES, thresholds=limits):
+                        found = self.evaluator.quality(scored.as_rules(limits(point.sparsity, point.skip_pairs)))
+                        values = {"target": point.sparsity, "skip_pairs_asked": point.skip_pairs, "batch": 1}
+                        self.add("joint-bytes", name, kind, found, **values)
+        name, kind = names[-1], kinds[-1]
+        scored, budget = self.scored[name], made[names[-1], kinds[-1]]
+        pairs = record_pairs(self.model, self.calibration[:4], scored.weights, router_weighted=scored.router_weighted)
+
+        def best(sparsity: float, share: float) -> Any:
+            return scored.thresholds(budget.at(sparsity), share)
+
+        for gain in (1.1, 1.2, 1.4, 1.7):
+            for point in joint_for_bytes(self.tuner, scored, 1 / gain, SHARES, thresholds=best, batch=64, pairs=pairs):
+                found = self.evaluator.quality(scored.as_rules(best(point.sparsity, point.skip_pairs)))
+                values = {"target": point.sparsity, "skip_pairs_asked": point.skip_pairs, "batch": 64}
+                self.add("joint-bytes", name, kind, found, **values)
+
+    def overlaps(self, names: Sequence[str]) -> None:
+        """Union and intersection over union of the masks of 2, 4, 8, 16 tokens on one expert, mean over layers."""
+        for name in names:
+            scored = self.scored[name]
+            pairs = record_pairs(
+                self.model, self.calibration[:4], scored.weights, router_weighted=scored.router_weighted
+            )
+            for target in TARGETS:
+                quality = self.evaluator.quality(scored.rules(target))
+                limits = scored.thresholds(target)
+                for m in (2, 4, 8, 16):
+                    generator = torch.Generator().manual_seed(0)
+                    found = [overlap(p.masks(*limits[layer]), m, generator) for layer, p in pairs.items()]
+                    kept = [o for o in found if o is not None]
+                    values = {
+                        "target": target,
+                        "batch": m,
+                        "union": round(sum(o.union for o in kept) / len(kept), 4),
+                        "iou": round(sum(o.iou for o in kept) / len(kept), 4),
+                    }
+                    self.add("overlap", name, "uniform", quality, **values)
+
+
+def sequences(text: bytes, tokens: int, length: int = 512) -> list[list[int]]:
+    """Windows of ``length`` bytes at even distances, about ``tokens`` in all."""
+    windows = [list(text[i : i + length]) for i in range(0, len(text) - length + 1, length)]
+    count = min(len(windows), max(1, tokens // length))
+    return [windows[int((i + 0.5) * len(windows) / count)] for i in range(count)]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Measures scores, budgets and pair skipping on trained models.")
+    parser.add_argument("checkpoints", nargs="+", type=Path)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the CSV files")
+    parser.add_argument("--tokens", type=int, default=32768, help="held-out tokens; as many for calibration")
+    parser.add_argument("--text", type=Path, help="evaluate on this file's second half, calibrate on its first")
+    parser.add_argument("--device", default="auto")
+    arguments = parser.parse_args()
+    torch.set_float32_matmul_precision("highest")
+    device = arguments.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if arguments.text is not None:
+        data = arguments.text.read_bytes()
+        halves = data[: len(data) // 2], data[len(data) // 2 :]
+    else:
+        halves = b"\n".join(corpus.read_split("calibration")), b"\n".join(corpus.read_split("held-out"))
+    calibration, held_out = (sequences(half, arguments.tokens) for half in halves)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for path in arguments.checkpoints:
+        start = time.perf_counter()
+        study = Study(path, calibration, held_out, device)
+        study.record()
+        out = arguments.out / f"quality_{path.name}.csv"
+        try:
+            study.scores()
+            made = study.all_budgets(("gate", "gate-routed", "moments-routed", "gated-moments-routed", "fisher-routed"))
+            study.joint(("gate-routed", "moments-routed", "fisher-routed"), ("uniform", "fisher", "greedy"), made)
+            study.overlaps(("gate", "moments-routed"))
+        finally:
+            with out.open("w", newline="") as file:
+                writer = csv.DictWriter(file, COLUMNS)
+                writer.writeheader()
+                writer.writerows(study.rows)
+        print(f"{out}: {len(study.rows)} rows, {time.perf_counter() - start:.0f} s", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
