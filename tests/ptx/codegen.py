@@ -295,7 +295,7 @@ class Program:
         e.begin()
         b.first = len(e.instructions)
         for x in b.instructions:
-            if x.op in blk.TERMINATORS and x is b.instructions[-1]:
+            if blk.ends_block(x) and x is b.instructions[-1]:
                 e.instructions.append(x)
                 e.mask, e.arrays = "None", False
                 blk.terminate(e, b, x, labels)
