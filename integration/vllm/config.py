@@ -17,6 +17,8 @@ from ...errors import UserError
 from ...sparsity import SparsityProfile
 from . import compat
 from .options import METHOD_NAME, OVERRIDES_KEY, Options, choose_target, load_profile
+from .state import LayerState
+from .stats import SparsityStats
 
 logger = logging.getLogger("vllm.cutedsl_kernels")
 
@@ -38,6 +40,9 @@ class IntraExpertSparseConfig(QuantizationConfig):
         self.options = Options()
         self.profile: SparsityProfile | None = None
         self.target = 0.0
+        self.expected: list[str] = []  # layers that will use this method
+        self.fallbacks: dict[str, str] = {}  # layers that will not, and why
+        self.stats: SparsityStats | None = None
 
     def get_name(self) -> str:
         return METHOD_NAME
@@ -74,6 +79,8 @@ class IntraExpertSparseConfig(QuantizationConfig):
         self.model = model_name
         try:
             self.options = Options.collect({**self.overrides, **(getattr(hf_config, OVERRIDES_KEY, None) or {})})
+            if self.options.sparsity_stats:
+                self.stats = SparsityStats()
             if self.options.without_profile:
                 return
             self.profile = load_profile(self.options, model_name, hf_config)
@@ -86,7 +93,7 @@ class IntraExpertSparseConfig(QuantizationConfig):
             method = self.inner.get_quant_method(layer, prefix)
             if isinstance(layer, compat.routed_experts_class()):
                 if method is not None and not isinstance(method, compat.stock_method_class()):
-                    _fall_back(prefix, f"experts quantized with {self.inner.get_name()} are not supported")
+                    self._fall_back(prefix, f"experts quantized with {self.inner.get_name()} are not supported")
                     return method
                 return self._sparse_method(layer, prefix) or method
             return method
@@ -100,6 +107,11 @@ class IntraExpertSparseConfig(QuantizationConfig):
         """Our method for a routed-expert layer, or None for vLLM's own."""
         from .method import IntraExpertSparseMethod, why_unsupported
 
+        if layer.moe_config.moe_parallel_config.enable_eplb:
+            raise MethodError(
+                "expert load balancing (--enable-eplb) is not supported: vLLM moves experts between ranks as [E, H, I] "
+                f"blocks, and {METHOD_NAME} keeps them re-laid; switch it off"
+            )
         reason = why_unsupported(layer)
         if reason is None and self.profile is not None and prefix not in self.profile.layers:
             if not _is_draft(prefix):
@@ -109,17 +121,43 @@ class IntraExpertSparseConfig(QuantizationConfig):
                 )
             reason = "the profile does not cover the layers of a draft model"
         if reason is not None:
-            _fall_back(prefix, reason)
+            self._fall_back(prefix, reason)
             return None
+        self.expected.append(prefix)
+        if self.stats is not None:
+            self.stats.add_layer(prefix)
         return IntraExpertSparseMethod(layer.moe_config, self, prefix)
+
+    def _fall_back(self, prefix: str, reason: str) -> None:
+        self.fallbacks[prefix] = reason
+        logger.warning("%s: layer %s runs dense with vLLM's own method: %s", METHOD_NAME, prefix, reason)
+
+    def loaded(self, prefix: str, state: LayerState) -> None:
+        """Told by each layer when it is ready; after the last one, the line for the operator."""
+        if prefix != self.expected[-1]:
+            return
+        if self.profile is None:
+            logger.info("%s: %d layers, dense until thresholds are set", METHOD_NAME, len(self.expected))
+            return
+        logger.info(
+            "%s: %s: %d of %d MoE layers, target sparsity %g (score %s; in the last layer tau %.3g, pairs below %.3g "
+            "skipped), profile of %d tokens made %s; %s",
+            METHOD_NAME,
+            self.model,
+            len(self.expected),
+            len(self.expected) + len(self.fallbacks),
+            self.target,
+            self.profile.score,
+            float(state.tau.max()),
+            state.rho,
+            self.profile.calibration.tokens,
+            self.profile.created.date,
+            state.plan_summary(),
+        )
 
 
 def _is_draft(prefix: str) -> bool:
     return any(part in ("mtp", "draft_model", "eagle") for part in prefix.split("."))
-
-
-def _fall_back(prefix: str, reason: str) -> None:
-    logger.warning("%s: layer %s runs dense with vLLM's own method: %s", METHOD_NAME, prefix, reason)
 
 
 def register_method() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +86,7 @@ class SparseEngine:
         arguments: dict[str, Any] = {
             "enforce_eager": True,
             "enable_prefix_caching": False,
+            "use_tqdm_on_load": False,
             "seed": 0,
             **llm_kwargs,
             "tensor_parallel_size": tensor_parallel_size,
@@ -160,6 +162,10 @@ class SparseEngine:
         sent: dict[str, Setting] = {name: settings[name] for name in self.layer_names}
         self._call("sparsity_set", sent, label, sparsity)
 
+    def report(self) -> dict[str, Any]:
+        """fallbacks: {layer: reason}; plans: [(largest number of tokens, plan)]; summary: the plans in words."""
+        return self._call("sparsity_report")[0]
+
     # Recording and counting
 
     def start_recording(self) -> None:
@@ -213,6 +219,21 @@ class SparseEngine:
         prompts = [{"prompt_token_ids": list(sequence)} for sequence in sequences]
         self.generate(prompts, SamplingParams(max_tokens=1, temperature=0.0, detokenize=False))
         return sum(len(sequence) for sequence in sequences)
+
+    def time_decode(self, prompts: Sequence[Sequence[int]], tokens: int) -> float:
+        """Seconds per decoded step of a batch of prompts: (time for ``tokens`` >= 2 tokens - time for one) / (tokens
+        - 1).
+        """
+        from vllm import SamplingParams
+
+        def run(count: int) -> float:
+            batch = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+            begun = time.perf_counter()
+            self.generate(batch, SamplingParams(max_tokens=count, temperature=0.0, ignore_eos=True, detokenize=False))
+            return time.perf_counter() - begun
+
+        first = run(1)
+        return max(run(tokens) - first, 0.0) / (tokens - 1)
 
     def score(
         self,

@@ -23,6 +23,8 @@ def why_unsupported(layer: Any) -> str | None:
     moe = layer.moe_config
     if compat.activation_of(layer) is None:
         return f"activation {compat.activation_name(layer)} is not supported"
+    if moe.is_lora_enabled:
+        return "LoRA adapters may apply to the experts"
     if getattr(layer, "swiglu_limit", None) is not None and compat.activation_name(layer) == "silu":
         return "SwiGLU with a clamp is not supported"
     if moe.in_dtype not in ((torch.bfloat16,) if compat.is_cuda() else SUPPORTED_DTYPES):
@@ -87,6 +89,7 @@ class IntraExpertSparseMethod(compat.method_base_class()):  # type: ignore[misc]
         if weights.device.type == "cuda":
             state.choose_plans(layer.expert_map)
         setattr(layer, STATE, state)
+        self.config.loaded(self.prefix, state)
 
     def apply(
         self,
@@ -113,6 +116,9 @@ def run_layer(layer: Any, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids:
     state: LayerState = getattr(layer, STATE)
     expert_map = layer.expert_map
     state.observe(x, topk_weights, topk_ids, expert_map)
+    stats = layer.quant_method.config.stats
+    if stats is not None:
+        stats.sample(state, x, topk_weights, topk_ids, expert_map)
     plan = None
     if x.device.type == "cuda" and x.shape[0] > 0:
         plan = state.plan(x.shape[0])

@@ -108,9 +108,7 @@ class LayerState:
                         expert_map=expert_map,
                         apply_router_weight_on_input=self.router_weight_on_input,
                     )
-                except (
-                    Exception
-                ) as error:  # a GPU or a CuTe DSL that the kernel does not compile for: serve all the same
+                except Exception as error:  # this CuTe DSL or GPU cannot take the kernel: serve all the same
                     reason = " ".join(str(error).split())[:300]
                     logger.warning("%s: batches of %d tokens run dense: %s: %s", self.name, bucket, plan, reason)
                     plan = Plan("dense")
@@ -124,6 +122,23 @@ class LayerState:
             if num_tokens <= bucket:
                 return plan
         return Plan("dense")
+
+    def plan_summary(self) -> str:
+        """Such as "1-32 tokens fused, 33 and more dense"; the CPU has one plan."""
+        if not self.plans:
+            return "every batch on the CPU back end"
+        ends: list[tuple[int, str]] = []
+        for bucket, plan in self.plans:
+            if ends and ends[-1][1] == plan.kind:
+                ends.pop()
+            ends.append((bucket, plan.kind))
+        if ends[-1][1] == "dense":
+            ends.pop()
+        first, parts = 1, []
+        for last, kind in ends:
+            parts.append(f"{first}-{last} tokens {kind}")
+            first = last + 1
+        return ", ".join([*parts, f"{first} and more dense"])
 
     def observe(
         self,

@@ -29,6 +29,16 @@ class SparsityWorker:
     def sparsity_layers(self) -> list[str]:
         return list(self._sparsity_states())
 
+    def sparsity_report(self) -> dict[str, Any]:
+        """For the operator: layers that fall back and why, and the plans of the first layer."""
+        states = [state for _, state in self._sparsity_states().values()]
+        config = self.vllm_config.quant_config  # type: ignore[attr-defined]
+        return {
+            "fallbacks": dict(config.fallbacks),
+            "plans": [(bucket, str(plan)) for bucket, plan in states[0].plans] if states else [],
+            "summary": states[0].plan_summary() if states else "",
+        }
+
     def sparsity_set(self, settings: dict[str, Setting], label: str, sparsity: float) -> None:
         """Thresholds per layer: a number, or the whole model's [E, I], of which this rank takes its part."""
         for name, (layer, state) in self._sparsity_states().items():
