@@ -134,13 +134,13 @@ class Atomics:
             self.merged[key] = len(self.snapshots) - 1
         return self.merged[key]
 
-    def _snapshot(self, agent: int) -> int:
-        """What `agent` has released by fences, as a snapshot number; -1 when it never fenced."""
+    def _snapshot(self, agent: int, threads: list[int]) -> int:
+        """What these lanes of `agent` have released by fences, as a snapshot number; -1 when they never fenced."""
         clocks = self.m.clocks
         table = clocks.planes.get("released")
         if table is None:
             return -1
-        extra = clocks.extra.get(("released", agent), {})
+        extra = clocks.fenced("released", agent, threads)
         key = (agent, hash((table[agent].tobytes(), tuple(sorted(extra.items())))))
         if key not in self.by_version:
             if not table[agent].any() and not extra:
@@ -156,7 +156,7 @@ class Atomics:
         if order in ("release", "acq_rel", "sc"):
             self.snapshots.append(self.m.clocks.publish(agent, [thread], ("known",)))
             return len(self.snapshots) - 1
-        return self._snapshot(agent)
+        return self._snapshot(agent, [thread])
 
     def _order(self, r: Region, off: np.ndarray, who: np.ndarray, order: str, scope: str, returns: bool) -> None:
         clocks, ctas = self.m.clocks, self.m.ctas
@@ -167,7 +167,7 @@ class Atomics:
             clocks.promote()
         if not returns and order == "relaxed":
             if "released" in clocks.planes:
-                self._bulk_release(self._ids(r), off // 4, agents)
+                self._bulk_release(self._ids(r), off // 4, who, agents)
             return
         if order == "relaxed" and id(r) not in self.ids and "released" not in clocks.planes:
             return
@@ -180,10 +180,13 @@ class Atomics:
             if mine >= 0:
                 ids[w] = self._merge(have, mine)
 
-    def _bulk_release(self, ids: np.ndarray, words: np.ndarray, agents: np.ndarray) -> None:
+    def _bulk_release(self, ids: np.ndarray, words: np.ndarray, who: np.ndarray, agents: np.ndarray) -> None:
         """Relaxed reductions of many threads: join by pairs of (snapshot there, snapshot of the agent)."""
-        unique, inverse = np.unique(agents, return_inverse=True)
-        mine = np.array([self._snapshot(int(a)) for a in unique], np.int64)[inverse]
+        by_lane = bool(self.m.clocks.unsettled)  # without, all lanes of a warp have released the same
+        unique, inverse = np.unique(who if by_lane else agents, return_inverse=True)
+        agent_of = self.m.agent_of
+        found = [self._snapshot(int(agent_of[u]), [int(u)]) if by_lane else self._snapshot(int(u), []) for u in unique]
+        mine = np.array(found, np.int64)[inverse]
         use = mine >= 0
         words, mine = words[use], mine[use]
         while len(words):

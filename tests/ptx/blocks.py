@@ -136,7 +136,13 @@ def liveness(blocks: list[Block]) -> None:
     defs = [sum(1 << r for r in b.defs) for b in blocks]
     successors = []
     for i, b in enumerate(blocks):
-        s = [] if b.kind in ("ret", "trap") else [b.target] if b.kind == "bra" else [i + 1]
+        s = (
+            []
+            if b.kind == "ret" or (b.kind == "trap" and b.result == "None")
+            else [b.target]
+            if b.kind == "bra"
+            else [i + 1]
+        )
         if b.kind == "cbra":
             s.append(b.target)
         successors.append([t for t in s if t < n])

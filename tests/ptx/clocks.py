@@ -55,6 +55,7 @@ class Clocks:
         known[:, warps:] = FOREVER  # nothing asynchronous yet
         self.planes: dict[str, np.ndarray] = {"known": known}
         self.extra: dict[tuple[str, int], dict[int, int]] = {}
+        self.unsettled: dict[tuple[str, int], dict[int, int]] = {}  # fences of single lanes since the last warp sync
         self.min_known = np.zeros(self.agents, np.int32)
 
     # ---- lookups
@@ -117,15 +118,36 @@ class Clocks:
         cols[cols == FOREVER] = 0
         self.min_known[cta * self.width : (cta + 1) * self.width] = rows[:, self._own(cta)].min(1)
 
+    def settle(self, agent: int) -> None:
+        """The lanes of a warp have synchronised: what each of them fenced now counts for all of them."""
+        for name in ("released", "proxied"):
+            mine = self.unsettled.pop((name, agent), None)
+            if mine is None:
+                continue
+            if len(mine) == 32:
+                col = self.column(agent)
+                self.planes[name][agent, col] = max(self.planes[name][agent, col], min(mine.values()))
+            else:
+                self.extra.setdefault((name, agent), {}).update(mine)
+
+    def fenced(self, plane: str, agent: int, threads: list[int]) -> dict[int, int]:
+        """The exceptions in `plane` that hold for these lanes of `agent`."""
+        own = dict(self.extra.get((plane, agent), {}))
+        single = self.unsettled.get((plane, agent), {})
+        own.update({t: single[t] for t in threads if t in single})
+        return own
+
     def publish(self, agent: int, threads: list[int] | None, planes: tuple[str, ...] | None = None) -> Knowledge:
         """What `agent` knows, with its own actions: of the whole warp (threads None) or of some lanes. Ticks."""
+        if threads is None and self.unsettled:
+            self.settle(agent)
         col = self.column(agent)
         rows, extra = {}, {}
         for name, table in self.planes.items():
             if planes and name not in planes:
                 continue
             row = np.where(table[agent] == FOREVER, 0, table[agent]).astype(np.int32)
-            own = dict(self.extra.get((name, agent), {}))
+            own = self.fenced(name, agent, threads or [])
             if name == "known":
                 if threads is None:
                     row[col] = self.time[agent]
@@ -151,26 +173,30 @@ class Clocks:
 
     def warp_sync(self, agents: np.ndarray) -> None:
         """bar.warp.sync of whole warps."""
+        if self.unsettled:
+            for a in agents:
+                self.settle(int(a))
         known = self.planes["known"]
         known[agents, agents if self.full else agents % self.width] = self.time[agents]
         self.tick(agents)
         for a in agents:
             self._refresh(int(a))
 
-    def fence(self, plane: str, agent: int, threads: list[int] | None) -> None:
-        """Everything `agent` knows enters `plane` (released: fence at gpu scope; proxied: fence.proxy.async)."""
+    def fence(self, plane: str, agent: int, threads: list[int]) -> None:
+        """What these lanes know enters `plane` (released: fence at gpu scope; proxied: fence.proxy.async)."""
         table, known = self.plane(plane), self.planes["known"]
         np.maximum(table[agent], np.where(known[agent] == FOREVER, 0, known[agent]), out=table[agent])
-        own = self.extra.setdefault((plane, agent), {})
-        own.update(self.extra.get(("known", agent), {}))
-        if threads is None:
-            table[agent, self.column(agent)] = self.time[agent]
-        else:
-            own.update(dict.fromkeys(threads, int(self.time[agent])))
+        if ("known", agent) in self.extra:
+            self.extra.setdefault((plane, agent), {}).update(self.extra[("known", agent)])
+        self.unsettled.setdefault((plane, agent), {}).update(dict.fromkeys(threads, int(self.time[agent])))
         self.tick(agent)
 
     def join_ctas(self, ctas: np.ndarray) -> None:
         """A barrier of all threads of the given CTAs."""
+        if self.unsettled:
+            for c in ctas:
+                for a in range(c * self.width, c * self.width + self.warps):
+                    self.settle(a)
         before = self.now
         self.now += 1
         for name, table in self.planes.items():

@@ -136,9 +136,12 @@ class DslProgram:
         return other
 
     # ---- running
-    def run(self, *values: Any, check_races: bool = True, allow_local: bool = False) -> Result:
+    def run(
+        self, *values: Any, check_races: bool = True, allow_local: bool = False, max_steps: int = 2_000_000
+    ) -> Result:
         """Execute all launches of one call. `values`: one for each run-time argument but the stream. Arrays are
-        updated in place. `allow_local` drops the report about local memory."""
+        updated in place. `allow_local` drops the report about local memory; after `max_steps` blocks a launch is
+        given up."""
         start = time.perf_counter()
         wanted = [p for p in self.parameters if not _is_stream(p[1], p[2])]
         if len(values) != len(wanted):
@@ -153,7 +156,7 @@ class DslProgram:
         result = Result(self.host.run(packed))
         bases = self._module_variables(buffers)
         for launch in result.launches:
-            self._execute(launch, buffers, bases, result, check_races)
+            self._execute(launch, buffers, bases, result, check_races, max_steps)
         for b, s in zip(buffers, storages, strict=False):
             self._copy_back(b, s)
         if allow_local:
@@ -162,8 +165,9 @@ class DslProgram:
         return result
 
     def _execute(
-        self, launch: Launch, buffers: list[Buffer], bases: dict[str, int], result: Result, check_races: bool
-    ) -> None:
+        self, launch: Launch, buffers: list[Buffer], bases: dict[str, int], result: Result, check_races: bool,
+        max_steps: int,
+    ) -> None:  # fmt: skip
         if launch.kernel not in self._programs:
             kernel = self.module.kernels[launch.kernel]
             symbols, static, local = layout(kernel, self.module, bases)
@@ -173,7 +177,7 @@ class DslProgram:
             for b in buffers:
                 b.flags &= np.uint8(0xFF & ~PREVIOUS)
         machine = Machine(program, launch, buffers, (static, local), check_races)
-        execute(machine)
+        execute(machine, max_steps)
         result.reports += machine.reports.list()
         result.thread_instructions += machine.thread_instructions
         result.vector_instructions += machine.vector_instructions

@@ -207,8 +207,8 @@ class Machine:
 
     def fence(self, ids: np.ndarray, plane: str) -> None:
         if self.check_races:
-            for agent, mine, whole in self.warps_of(ids):
-                self.clocks.fence(plane, agent, None if whole else mine.tolist())
+            for agent, mine, _ in self.warps_of(ids):
+                self.clocks.fence(plane, agent, mine.tolist())
             if plane == "released":
                 self.atomics.fence_acquires(ids)
 

@@ -28,6 +28,8 @@ class MBarrier:
     current: Knowledge | None = None
     done: Knowledge | None = None
     arrived: bool = False
+    creator: int = -1
+    fenced: bool = False  # the init has been made visible to the async proxy and the cluster
 
 
 @dataclass
@@ -80,7 +82,12 @@ class MBarriers:
         for o, t, c in zip(self.m.memory.shared_offsets(addr, ids).tolist(), ids.tolist(), count.tolist(), strict=True):
             if c == 0:
                 self.m.report("mbarrier.init with count 0", idx, np.array([t]))
-            self.objects[o] = MBarrier(c, c, int(self.m.cta_of[t]))
+            self.objects[o] = MBarrier(c, c, int(self.m.cta_of[t]), creator=t)
+
+    def fence_init(self, ids: np.ndarray) -> None:
+        """fence.mbarrier_init (or fence.proxy.async) by these threads."""
+        for b in self.objects.values():
+            b.fenced = b.fenced or bool((ids == b.creator).any())
 
     def invalidate(self, addr: np.ndarray, ids: np.ndarray, pm: np.ndarray | None, idx: int) -> None:
         for _, o, _ in self._locate(addr, ids, pm, idx):
@@ -228,6 +235,8 @@ class MBarriers:
                 m.report("bulk copy size is no multiple of 16", idx, who, f"{n} bytes")
                 n -= n % 16
             found = self._locate(bar[i : i + 1], who, None, idx)
+            if found and not found[0][0].fenced:
+                m.report("bulk copy on an mbarrier without fence.mbarrier_init after its init", idx, who)
             steps = np.arange(0, n, 16)
             many = np.repeat(who, len(steps))
             off = m.memory.shared_offsets(np.repeat(dst[i : i + 1], len(steps)) + steps.astype(u4), many)

@@ -19,6 +19,7 @@ class Mutant:
     instruction: str
     source: tuple[str, int] | None
     text: str
+    probe: str = ""  #: for a shifted comparison: a text that traps where the two sides are equal
 
     def __str__(self) -> str:
         place = f"{self.source[0].rsplit('/', 1)[-1]}:{self.source[1]}" if self.source else f"PTX line {self.line}"
@@ -88,6 +89,10 @@ def mutants(text: str, module: Module) -> list[Mutant]:
             start, end = x.span
             for kind, new in _changes(x, text[start:end]):
                 changed = text[:start] + new + text[end:]
+                probe = ""
+                if kind.startswith("comparison"):
+                    equal = f"{{ .reg .pred same; setp.eq.{x.mods[-1]} same, {x.args[1]}, {x.args[2]}; @same trap; }}"
+                    probe = text[:start] + equal + text[start:]
                 if changed != text:
-                    out.append(Mutant(kind, kernel.name, x.line, x.text, x.source, changed))
+                    out.append(Mutant(kind, kernel.name, x.line, x.text, x.source, changed, probe))
     return out

@@ -146,11 +146,14 @@ def fence(e: Emitter, x: Instruction, m: Mods) -> None:
         m.pick("acquire", "release"), m.pick(*SCOPES)
         if kind not in ("async",):
             raise Unsupported(f"proxy .{kind}")
+        who = "ids" if e.mask == "None" else f"ids[{e.mask}]"
         if where != "global":
-            e.line("S.fence(ids, 'proxied')" if e.mask == "None" else f"S.fence(ids[{e.mask}], 'proxied')")
+            e.line(f"S.fence({who}, 'proxied')")
+            e.line(f"S.mbarriers.fence_init({who})")
         return
     if m.flag("mbarrier_init"):
         m.need("release"), m.need("cluster")
+        e.line("S.mbarriers.fence_init(ids)" if e.mask == "None" else f"S.mbarriers.fence_init(ids[{e.mask}])")
         return
     m.pick("acq_rel", "sc", "acquire", "release")
     m.pick("sync_restrict::shared::cta", "sync_restrict::shared::cluster")

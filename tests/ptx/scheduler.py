@@ -22,11 +22,11 @@ SPIN_WINDOW, FAIR_STEPS = 256, 48
 
 
 class Scheduler:
-    def __init__(self, machine: Machine, max_steps: int = 5_000_000, idle_steps: int = 200_000):
+    def __init__(self, machine: Machine, max_steps: int):
         self.m, self.blocks = machine, machine.program.blocks
         self.pc = np.zeros(machine.total, np.int32)
         self.all = np.arange(machine.total)
-        self.max_steps, self.idle_steps = max_steps, idle_steps
+        self.max_steps, self.idle_steps = max_steps, max(max_steps // 10, 1000)
         self.last_run = np.zeros(len(self.blocks) + 1, np.int64)
         self.seconds = 0.0
 
@@ -47,7 +47,7 @@ class Scheduler:
             if m.progress != last_progress:
                 last_progress, last_step, forced = m.progress, m.steps, 0
             elif m.steps - last_step > self.idle_steps or m.steps > self.max_steps:
-                self._hang(f"no progress in {m.steps - last_step} steps: threads spin for ever")
+                self._hang("no end in sight: threads spin or loop for ever")
                 return
             if together:
                 ids = act = None
@@ -302,10 +302,10 @@ class Scheduler:
         m.report(why, min(first, len(m.program.instructions) - 1), stuck, detail)
 
 
-def execute(machine: Machine) -> Scheduler:
+def execute(machine: Machine, max_steps: int = 2_000_000) -> Scheduler:
     """Run `machine` to the end of the launch."""
     if not machine.program.blocks:
         raise PtxError("empty kernel")
-    s = Scheduler(machine)
+    s = Scheduler(machine, max_steps)
     s.run()
     return s

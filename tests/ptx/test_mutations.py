@@ -19,31 +19,46 @@ from .scalars import PtxError
 
 pytestmark = pytest.mark.execute
 
-SAMPLE = 16
+SAMPLE = 12
 
-#: Mutants that change nothing a program could observe, with the reason: (case, kind, part of the instruction).
-EQUIVALENT: list[tuple[str, str, str, str]] = []
+#: Mutants that change nothing a program could observe: (case, kind, part of the instruction, reason).
+EQUIVALENT: list[tuple[str, str, str, str]] = [
+    ("cp_async_pipeline", "fence removed", "mbarrier_init", "only the async proxy and other CTAs need it, none is used"),
+    ("cp_async_pipeline", "wait removed", "try_wait", "producer_tail: keeps the CTA alive for copies all waited for"),
+]
+
+
+def _run(case: Case, base: DslProgram, text: str, seed: int) -> tuple[set[str], bool]:
+    """-> kinds of reports, and whether the numbers are right."""
+    before = case.make(torch.Generator().manual_seed(seed))
+    after = clone(before)
+    values = (Uninit(v) if k in case.undefined else v for k, v in after.items())
+    result = base.with_ptx(text).run(*values, max_steps=4_000)
+    if result.reports:
+        return result.kinds(), True
+    try:
+        case.compare(before, after)
+    except AssertionError:
+        return set(), False
+    return set(), True
 
 
 def _outcome(case: Case, base: DslProgram, mutant: Mutant, seed: int) -> str:
     """ "report", "error", "numbers", or "" when nothing was noticed."""
-    before = case.make(torch.Generator().manual_seed(seed))
-    after = clone(before)
     try:
-        result = base.with_ptx(mutant.text).run(*(Uninit(v) if k in case.undefined else v for k, v in after.items()))
+        kinds, right = _run(case, base, mutant.text, seed)
     except PtxError:
         return "error"
-    if result.reports:
-        return "report"
-    try:
-        case.compare(before, after)
-    except AssertionError:
-        return "numbers"
-    return ""
+    return "report" if kinds else "" if right else "numbers"
 
 
-def _reason(name: str, mutant: Mutant) -> str | None:
-    return next((r for c, k, part, r in EQUIVALENT if c == name and k == mutant.kind and part in str(mutant)), None)
+def _reason(case: Case, base: DslProgram, mutant: Mutant, seed: int) -> str | None:
+    """Why it is no fault that `mutant` was not noticed; None when that is not known."""
+    if mutant.probe and not _run(case, base, mutant.probe, seed)[0]:
+        return "no thread of this launch stands at the boundary"
+    return next(
+        (r for c, k, part, r in EQUIVALENT if c == case.name and k == mutant.kind and part in str(mutant)), None
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -60,10 +75,10 @@ def test_mutants_are_detected(name: str, seed) -> None:
     outcomes = {m: _outcome(case, base, m, seed) for m in chosen}
     count = collections.Counter(outcomes.values())
     missed = [m for m, o in outcomes.items() if not o]
-    unexplained = [m for m in missed if _reason(name, m) is None]
+    reasons = {m: _reason(case, base, m, seed) for m in missed}
     share = 100 * (len(chosen) - len(missed)) / max(len(chosen), 1)
     print(f"{name}: {len(chosen)} of {total} mutants, {share:.0f} % detected ({count['report']} by reports, "
           f"{count['numbers']} by numbers only, {count['error']} by errors)")  # fmt: skip
     for m in missed:
-        print(f"  not detected: {m} [{_reason(name, m) or 'unexplained'}]")
-    assert not unexplained
+        print(f"  not detected: {m} [{reasons[m] or 'unexplained'}]")
+    assert not [m for m in missed if reasons[m] is None]

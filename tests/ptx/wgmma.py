@@ -162,9 +162,10 @@ class WarpgroupMma:
         generic = (time > 0) & ~self.m.is_bulk_engine(writer)
         agents = self.m.agent_of[who][:, None]
         bad = generic & (time > clocks.known("proxied", agents, self.m.agent_of[np.maximum(writer, 0)]))
-        if bad.any() and clocks.extra:
+        if bad.any() and (clocks.extra or clocks.unsettled):
             for i, j in np.argwhere(bad):
-                bad[i, j] = not clocks.excused("proxied", int(agents[i, 0]), int(writer[i, j]), int(time[i, j]))
+                known = clocks.fenced("proxied", int(agents[i, 0]), [int(who[i])])
+                bad[i, j] = known.get(int(writer[i, j]), 0) < time[i, j]
         if bad.any():
             i, j = np.argwhere(bad)[0]
             detail = f"{shadow.describe(int(off[i]))}, written by {self.m.thread_name(int(writer[i, j]))}"
