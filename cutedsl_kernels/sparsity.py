@@ -3,6 +3,9 @@
 The file is JSON, ``"format": "intra-expert-sparsity/1"``, small enough to read and diff. For every MoE layer it holds a
 table from target sparsity (share of inactive neurons over all token-expert pairs, skipped pairs counted as inactive) to
 the neuron threshold tau and the pair threshold rho.
+
+Format 2 is format 1 with a budget (how sparsity is spread over layers) and, for scores with a weight c per neuron, a
+reference to a safetensors file beside the profile; tau is then the threshold on the weighted score.
 """
 
 from __future__ import annotations
@@ -19,10 +22,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from .errors import UserError
 
 FORMAT = "intra-expert-sparsity/1"
+FORMAT_2 = "intra-expert-sparsity/2"
 PROFILE_FILENAME = "intra_expert_sparsity.json"
 
-# Whether a score counts the routing weight, for the scores made of act(gate) alone.
-ROUTER_WEIGHTED = {"gate": False, "gate-routed": True}
+# Whether a score counts the routing weight.
+ROUTER_WEIGHTED = {
+    f"{kind}{suffix}": bool(suffix) for kind in ("gate", "down", "up-down", "moments") for suffix in ("", "-routed")
+}
 
 
 class ProfileError(UserError):
@@ -34,7 +40,9 @@ class _Strict(BaseModel):
 
 
 class ModelIdentity(_Strict):
-    """What must agree between the calibrated model and the served one. Sizes are the whole model's, not one rank's."""
+    """What must agree between the calibrated model and the served one. Sizes are the whole model's, not one
+    rank's.
+    """
 
     name: str
     architecture: str
@@ -54,6 +62,14 @@ class Calibration(_Strict):
 class Created(_Strict):
     version: str
     date: str
+
+
+class NeuronFile(_Strict):
+    """The file with a profile's per-neuron parts: its name (in the profile's folder), SHA-256 and size in bytes."""
+
+    file: str = Field(pattern=r"^[^/\\]+$")
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    size: int = Field(gt=0)
 
 
 class LayerThresholds(NamedTuple):
@@ -90,7 +106,9 @@ class LayerTable(_Strict):
         return self
 
     def at(self, target: float) -> LayerThresholds:
-        """Thresholds for a target: linear between rows, from (0, 0, 0) to the first. ProfileError past the last row."""
+        """Thresholds for a target: linear between rows, from (0, 0, 0) to the first. ProfileError past the last
+        row.
+        """
         if not 0 <= target <= self.targets[-1]:
             raise ProfileError(
                 f"target_sparsity must lie in 0..{self.targets[-1]:g} (the profile's largest target), got {target:g}"
@@ -109,9 +127,19 @@ class SparsityProfile(_Strict):
     calibration: Calibration
     layers: dict[str, LayerTable] = Field(min_length=1)
     created: Created
+    budget: str = "uniform"
+    neurons: NeuronFile | None = None
+    quality: dict[str, float] | None = Field(default=None, description="what `recommend` measured")
 
     @model_validator(mode="after")
     def _consistent(self) -> SparsityProfile:
+        weighted = self.score in ROUTER_WEIGHTED and not self.score.startswith("gate")
+        if self.format == FORMAT and self.second_format_fields:
+            raise ValueError(f"{self.second_format_fields[0]} needs format {FORMAT_2!r}")
+        if weighted and self.neurons is None:
+            raise ValueError(f"neurons must name the file of per-neuron parts for the score {self.score!r}")
+        if self.score.startswith("gate") and self.neurons is not None:
+            raise ValueError(f"neurons must be absent for the score {self.score!r}")
         if self.score in ROUTER_WEIGHTED and self.router_weighted != ROUTER_WEIGHTED[self.score]:
             raise ValueError(
                 f"router_weighted must be {str(ROUTER_WEIGHTED[self.score]).lower()} for the score {self.score!r}"
@@ -119,6 +147,12 @@ class SparsityProfile(_Strict):
         if len(self.layers) != self.model.num_layers:
             raise ValueError(f"layers has {len(self.layers)} entries, model.num_layers says {self.model.num_layers}")
         return self
+
+    @property
+    def second_format_fields(self) -> list[str]:
+        """Fields in use that format 1 does not have."""
+        used = {"budget": self.budget != "uniform", "neurons": self.neurons, "quality": self.quality}
+        return [name for name, present in used.items() if present]
 
     @property
     def max_target(self) -> float:
@@ -172,9 +206,9 @@ class SparsityProfile(_Strict):
         if not isinstance(data, dict):
             raise ProfileError(f"{source}: must be a JSON object, got {type(data).__name__}: calibrate again")
         found = data.get("format")
-        if found != FORMAT:
+        if found not in (FORMAT, FORMAT_2):
             raise ProfileError(
-                f"{source}: format is {found!r}, this version reads {FORMAT!r}: "
+                f"{source}: format is {found!r}, this version reads {FORMAT!r} and {FORMAT_2!r}: "
                 "calibrate again, or install the version that wrote it"
             )
         try:
@@ -186,11 +220,14 @@ class SparsityProfile(_Strict):
             raise ProfileError(f"{source}: {field}: {reason}: correct the field or calibrate again") from None
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the file, or leaves what was there: never half a file. ProfileError if the place cannot be written."""
+        """Writes the file, or leaves what was there: never half a file. ProfileError if the place cannot be
+        written.
+        """
         path = Path(path)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            temporary.write_text(json.dumps(self.model_dump(), indent=1) + "\n", encoding="utf-8")
+            data = self.model_dump(exclude=None if self.format == FORMAT_2 else {"budget", "neurons", "quality"})
+            temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
             temporary.replace(path)
         except OSError as error:
             raise ProfileError(f"{path}: cannot write the sparsity profile: {error.strerror}") from None
