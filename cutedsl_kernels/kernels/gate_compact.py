@@ -1,14 +1,14 @@
 """gate_compact: the dense gate product of the staged path, thresholding, and compaction into index buffers.
 
-One CTA (one warp group) = one item (an expert and up to token_block of its tokens) and one tile of 64 neurons:
+One CTA = one item (an expert and up to token_block of its tokens) and one tile of 64 neurons for each warp group:
 
     1  g[n, t] = W_gate[n, :] . x[t, :]                          64 * H weights through the ring, read once
     2  a = act(g); neuron n is active for t unless |a| * r < tau
     3  compaction over the union of the item's tokens: ballot, popc, cross-warp offsets; slots in order of neurons
     4  counts[item, tile], and for each slot its neuron and a * r of every token (0 where that token is inactive)
 
-The lists have 64 entries per tile, so they cannot overflow. Grid: (tiles, max_items), fixed by T; CTAs past the number
-of items leave at once.
+The lists have 64 entries per tile, so they cannot overflow. Grid: (tiles / warp groups, max_items), fixed by T;
+CTAs past the number of items leave at once.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class GateCompact:
     @cute.jit
     def launch(self, tokens, w13, thresholds, topk_weights, items, sorted_pairs, counts, neurons, gates, stream):
         self.kernel(tokens, w13, thresholds, topk_weights, items, sorted_pairs, counts, neurons, gates).launch(
-            grid=(self.spec.tiles, cute.size(items, mode=[0]), 1),
-            block=(THREADS, 1, 1),
+            grid=(self.spec.row_blocks, cute.size(items, mode=[0]), 1),
+            block=(self.ring.threads, 1, 1),
             stream=stream,
             min_blocks_per_mp=2,
             preferred_smem_carveout=100,
@@ -53,21 +53,21 @@ class GateCompact:
     ):
         spec = self.spec
         thread, _, _ = cute.arch.thread_idx()
-        tile, item, _ = cute.arch.block_idx()
+        block, item, _ = cute.arch.block_idx()
         self.spec.begin()
         smem = SmemAllocator()
         lines = self.ring.allocate(smem)
         weights = smem.allocate_tensor(F32, cute.make_layout((spec.token_block,)), 16)
-        warp_counts = smem.allocate_tensor(I32, cute.make_layout((4,)), 16)
+        warp_counts = smem.allocate_tensor(I32, cute.make_layout((4, spec.config.row_groups)), 16)
         expert, start, num_tokens = item_fields(items, item)
         if num_tokens > 0:
             b_rows = load_item(spec, self.ring, topk_weights, sorted_pairs, start, num_tokens, weights, thread)
             a_rows = cute.make_rmem_tensor((4,), I32)
             for i in cutlass.range_constexpr(4):
-                row = tile * ROWS + (thread // 8 + i * 16)
+                row = block * self.ring.lines + (thread // 8 + i * self.ring.line_step)
                 a_rows[i] = row if row < spec.intermediate_size else I32(-1)
-            lane, warp = thread % 32, cute.arch.make_warp_uniform(thread // 32)
-            first = tile * ROWS + warp * 16 + lane // 4
+            lane, warp = thread % 32, thread // 32
+            first = block * self.ring.lines + warp * 16 + lane // 4
             tau = cute.make_rmem_tensor((2,), F32)
             for h in cutlass.range_constexpr(2):
                 tau[h] = thresholds[expert, cutlass.min(first + 8 * h, I32(spec.intermediate_size - 1))]
@@ -99,12 +99,13 @@ class GateCompact:
                             a = a * weight
                         acc[(c, h, j), 0] = a if keep else F32(0.0)
                         active[h] = active[h] or keep
-            self.write_lists(active, acc, warp_counts, item, tile, thread, counts, neurons, gates)
+            self.write_lists(active, acc, warp_counts, item, block, thread, counts, neurons, gates)
 
     @cute.jit
-    def write_lists(self, active, acc, warp_counts, item, tile, thread, counts, neurons, gates):
+    def write_lists(self, active, acc, warp_counts, item, block, thread, counts, neurons, gates):
         """Compaction of the rows whose four lanes (one row of the accumulators) hold any active token."""
-        lane, warp = thread % 32, cute.arch.make_warp_uniform(thread // 32)
+        lane, warp, group = thread % 32, (thread % THREADS) // 32, thread // THREADS
+        tile = block * self.spec.config.row_groups + group
         row, quarter = lane // 4, lane % 4
         rows = cute.make_rmem_tensor((2,), U32)  # bit 4 r: row r of this half is active
         for h in cutlass.range_constexpr(2):
@@ -114,10 +115,10 @@ class GateCompact:
         below = (U32(1) << U32(4 * row)) - 1
         low_half = I32(cute.arch.popc(rows[0]))
         if lane == 0:
-            warp_counts[warp] = low_half + I32(cute.arch.popc(rows[1]))
+            warp_counts[warp, group] = low_half + I32(cute.arch.popc(rows[1]))
         cute.arch.sync_threads()
-        before, total = offset_of_warp(warp_counts, warp, 4)
-        if thread == 0:
+        before, total = offset_of_warp(warp_counts[None, group], warp, 4)
+        if thread % THREADS == 0 and tile < self.spec.tiles:
             counts[item, tile] = total
         slot_of_item = I64(item) * self.spec.capacity + tile * ROWS
         for h in cutlass.range_constexpr(2):

@@ -22,6 +22,7 @@ from .staged_common import StagedSpec
 
 HELPER_CTAS = 64
 WARPS = 16
+BATCH = 8  # pairs of one lane that are in registers at once: 4096 pairs are read once
 
 
 class RouteSort:
@@ -81,20 +82,27 @@ class RouteSort:
                 self.scale(x, topk_weights, scaled, worker)
 
     @cute.jit
-    def expert_of(self, pair, num_pairs, ids, routing, expert_map, pair_threshold):
-        """Local expert of a pair, num_experts if it is dropped or past the end."""
+    def experts_of(self, begin, step, steps, num_pairs, ids, routing, expert_map, pair_threshold, lane, out):
+        """Local experts of this lane's pairs of the next BATCH steps; num_experts: dropped, or past the end.
+
+        All loads are issued before the first is used: a batch costs one latency of L2.
+        """
         experts = self.spec.num_experts
-        expert = I32(experts)
-        if pair < num_pairs:
-            expert = I32(ids[pair])
-            if cutlass.const_expr(self.spec.has_expert_map):
-                local = I32(-1)
-                if expert >= 0 and expert < cute.size(expert_map):
-                    local = I32(expert_map[expert])
-                expert = local
-            if expert < 0 or expert >= experts or routing[pair] < pair_threshold:
-                expert = I32(experts)
-        return expert
+        weights = cute.make_rmem_tensor((BATCH,), F32)
+        for i in cutlass.range_constexpr(BATCH):
+            pair = cutlass.min(begin + (step + i) * 32 + lane, num_pairs - 1)
+            out[i] = I32(ids[pair])
+            weights[i] = routing[pair]
+        if cutlass.const_expr(self.spec.has_expert_map):
+            last = cute.size(expert_map) - 1
+            for i in cutlass.range_constexpr(BATCH):
+                known = out[i] >= 0 and out[i] <= last
+                local = I32(expert_map[cutlass.max(cutlass.min(out[i], last), I32(0))])
+                out[i] = local if known else I32(-1)
+        for i in cutlass.range_constexpr(BATCH):
+            inside = begin + (step + i) * 32 + lane < num_pairs and step + i < steps
+            here = out[i] >= 0 and out[i] < experts and inside and not (weights[i] < pair_threshold)
+            out[i] = out[i] if here else I32(experts)
 
     @cute.jit
     def sort(self, topk_ids, topk_weights, expert_map, pair_threshold, items, sorted_pairs, kept, thread):
@@ -110,19 +118,23 @@ class RouteSort:
         routing = cute.make_tensor(topk_weights.iterator, cute.make_layout((num_pairs,)))
         steps = (num_pairs + (threads - 1)) // threads
         begin = warp * steps * 32
+        local = cute.make_rmem_tensor((BATCH,), I32)
         for i in cutlass.range(thread, warps * experts, threads, unroll=1):
             counts[i // experts, i % experts] = 0
         cute.arch.sync_threads()
         below = U32(cute.arch.lanemask_lt())
-        for step in cutlass.range(steps, unroll=1):
-            pair = begin + step * 32 + lane
-            expert = self.expert_of(pair, num_pairs, ids, routing, expert_map, pair_threshold)
-            if pair < num_pairs:
-                kept[pair] = I32(1) if expert < experts else I32(0)
-            same = U32(cute.arch.match_sync(0xFFFFFFFF, expert))
-            if expert < experts and (same & below) == 0:
-                counts[warp, expert] = counts[warp, expert] + I32(cute.arch.popc(same))
-            cute.arch.sync_warp()
+        for step in cutlass.range(0, steps, BATCH, unroll=1):
+            self.experts_of(begin, step, steps, num_pairs, ids, routing, expert_map, pair_threshold, lane, local)
+            for i in cutlass.range_constexpr(BATCH):
+                if step + i < steps:
+                    pair = begin + (step + i) * 32 + lane
+                    expert = local[i]
+                    if pair < num_pairs:
+                        kept[pair] = I32(1) if expert < experts else I32(0)
+                    same = U32(cute.arch.match_sync(0xFFFFFFFF, expert))
+                    if expert < experts and (same & below) == 0:
+                        counts[warp, expert] = counts[warp, expert] + I32(cute.arch.popc(same))
+                    cute.arch.sync_warp()
         cute.arch.sync_threads()
         for expert in cutlass.range(thread, experts, threads, unroll=1):
             running = I32(0)
@@ -139,17 +151,20 @@ class RouteSort:
             self.write_items(expert, totals[expert], start[expert], first_item[expert], items)
         for item in cutlass.range(first_item[experts] + thread, cute.size(items, mode=[0]), threads, unroll=1):
             self.write_item(items, item, I32(0), I32(0), I32(0))
-        for step in cutlass.range(steps, unroll=1):
-            pair = begin + step * 32 + lane
-            expert = self.expert_of(pair, num_pairs, ids, routing, expert_map, pair_threshold)
-            same = U32(cute.arch.match_sync(0xFFFFFFFF, expert))
-            if expert < experts:
-                position = start[expert] + counts[warp, expert] + I32(cute.arch.popc(same & below))
-                sorted_pairs[position] = pair
-            cute.arch.sync_warp()
-            if expert < experts and (same & below) == 0:
-                counts[warp, expert] = counts[warp, expert] + I32(cute.arch.popc(same))
-            cute.arch.sync_warp()
+        for step in cutlass.range(0, steps, BATCH, unroll=1):
+            if steps > BATCH:  # else the experts of the first walk are still here
+                self.experts_of(begin, step, steps, num_pairs, ids, routing, expert_map, pair_threshold, lane, local)
+            for i in cutlass.range_constexpr(BATCH):
+                if step + i < steps:
+                    expert = local[i]
+                    same = U32(cute.arch.match_sync(0xFFFFFFFF, expert))
+                    if expert < experts:
+                        position = start[expert] + counts[warp, expert] + I32(cute.arch.popc(same & below))
+                        sorted_pairs[position] = begin + (step + i) * 32 + lane
+                    cute.arch.sync_warp()
+                    if expert < experts and (same & below) == 0:
+                        counts[warp, expert] = counts[warp, expert] + I32(cute.arch.popc(same))
+                    cute.arch.sync_warp()
 
     @cute.jit
     def number(self, totals, start, first_item, lane):

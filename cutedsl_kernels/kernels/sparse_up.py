@@ -1,14 +1,14 @@
 """sparse_up: the up product of the staged path over active neurons only.
 
-One CTA (one warp group) = one item and one block of 64 slots of its concatenated list (all tiles of the expert, in
-order of neurons):
+One CTA = one item and one block of slots of its concatenated list (all tiles of the expert, in order of neurons), up to
+64 for each warp group:
 
-    1  prefix sum over the item's counts; blocks past the last active neuron leave
+    1  prefix sum over the item's counts; the list is cut into blocks of equal size, as few as possible; others leave
     2  slot -> (tile, position) by binary search -> neuron; the list is also written out in one piece for sparse_down
     3  u[s, t] = W_up[neuron of s, :] . x[t, :]                  gathered rows through the ring, each read once
-    4  h = a * r * transform(u), rounded to bf16, hidden[item, t, s]; 0 in the slots past the end of the block
+    4  h = a * r * transform(u), rounded to bf16, hidden[item, t, s]; 0 up to a multiple of 64 slots
 
-Grid: (tiles, max_items), fixed by T.
+Grid: (tiles / warp groups, max_items), fixed by T.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import cutlass
 import cutlass.cute as cute
 
 from .primitives import BF16, F32, I32, I64, SmemAllocator, transform_up
-from .staged_common import LINE, ROWS, THREADS, StagedSpec, item_fields, load_item
+from .staged_common import LINE, ROWS, StagedSpec, item_fields, load_item
 
 
 class SparseUp:
@@ -46,8 +46,8 @@ class SparseUp:
         self.kernel(
             tokens, w13, topk_weights, items, sorted_pairs, counts, neurons, gates, active, slots, hidden
         ).launch(
-            grid=(self.spec.tiles, cute.size(items, mode=[0]), 1),
-            block=(THREADS, 1, 1),
+            grid=(self.spec.row_blocks, cute.size(items, mode=[0]), 1),
+            block=(self.ring.threads, 1, 1),
             stream=stream,
             min_blocks_per_mp=2,
             preferred_smem_carveout=100,
@@ -77,8 +77,8 @@ class SparseUp:
         lines = self.ring.allocate(smem)
         weights = smem.allocate_tensor(F32, cute.make_layout((spec.token_block,)), 16)
         prefix = smem.allocate_tensor(I32, cute.make_layout((spec.tiles + 1,)), 16)
-        slot_position = smem.allocate_tensor(I32, cute.make_layout((ROWS,)), 16)
-        slot_neuron = smem.allocate_tensor(I32, cute.make_layout((ROWS,)), 16)
+        slot_position = smem.allocate_tensor(I32, cute.make_layout((self.ring.lines,)), 16)
+        slot_neuron = smem.allocate_tensor(I32, cute.make_layout((self.ring.lines,)), 16)
         expert, start, num_tokens = item_fields(items, item)
         if num_tokens > 0:
             if thread < 32:
@@ -87,14 +87,18 @@ class SparseUp:
             total = prefix[spec.tiles]
             if block == 0 and thread == 0:
                 active[item] = total
-            if block * ROWS < total:
+            blocks = (total + (self.ring.lines - 1)) // self.ring.lines
+            if block < blocks:
+                size = (total + blocks - 1) // blocks
+                first = block * size
+                last = cutlass.min(first + size, total)
                 b_rows = load_item(spec, self.ring, topk_weights, sorted_pairs, start, num_tokens, weights, thread)
                 list_base = I64(item) * spec.capacity
-                if thread < ROWS:
-                    slot = block * ROWS + thread
+                if thread < self.ring.lines:
+                    slot = first + thread
                     neuron = I32(-1)
                     position = I32(0)
-                    if slot < total:
+                    if slot < last:
                         position = self.position_of_slot(prefix, slot)
                         neuron = (neurons.iterator + (list_base + position)).load()
                         (slots.iterator + (list_base + slot)).store(neuron)
@@ -103,7 +107,7 @@ class SparseUp:
                 cute.arch.sync_threads()
                 a_rows = cute.make_rmem_tensor((4,), I32)
                 for i in cutlass.range_constexpr(4):
-                    a_rows[i] = slot_neuron[thread // 8 + i * 16]
+                    a_rows[i] = slot_neuron[thread // 8 + i * self.ring.line_step]
                 base = (I64(expert) * 2 + 1) * (spec.intermediate_size * spec.hidden_size)
                 acc = self.ring.accumulators()
                 self.ring.product_of_rows(
@@ -116,24 +120,38 @@ class SparseUp:
                     thread,
                     spec.hidden_size,
                 )
-                lane, warp = thread % 32, cute.arch.make_warp_uniform(thread // 32)
-                gate = cute.make_rmem_tensor((2,), F32)
-                for h in cutlass.range_constexpr(2):
-                    row = warp * 16 + lane // 4 + 8 * h
-                    slot = block * ROWS + row
-                    source = (list_base + slot_position[row]) * spec.token_block + 2 * (lane % 4)
-                    source = gates.iterator + cute.assume(source, divby=2)
-                    for j in cutlass.range_constexpr(spec.token_block // 8):
-                        gate.fill(0.0)
-                        if slot < total:
-                            cute.autovec_copy(cute.make_tensor(source + 8 * j, cute.make_layout((2,))), gate)
-                        for c in cutlass.range_constexpr(2):
-                            t = 8 * j + 2 * (lane % 4) + c
-                            u = transform_up(acc[(c, h, j), 0], spec.activation)
-                            if t < num_tokens:
-                                h_value = BF16(gate[c] * u) if slot < total else BF16(0.0)
-                                target = (I64(item) * spec.token_block + t) * spec.capacity + slot
-                                (hidden.iterator + target).store(h_value)
+                self.write_hidden(acc, slot_position, gates, hidden, item, first, last, num_tokens, thread)
+                if last == total:
+                    self.write_padding(hidden, item, total, num_tokens, thread)
+
+    @cute.jit
+    def write_hidden(self, acc, slot_position, gates, hidden, item, first, last, num_tokens, thread):
+        spec = self.spec
+        lane, warp = thread % 32, thread // 32
+        gate = cute.make_rmem_tensor((2,), F32)
+        for h in cutlass.range_constexpr(2):
+            row = warp * 16 + lane // 4 + 8 * h
+            slot = first + row
+            if slot < last:
+                source = (I64(item) * spec.capacity + slot_position[row]) * spec.token_block + 2 * (lane % 4)
+                source = gates.iterator + cute.assume(source, divby=2)
+                for j in cutlass.range_constexpr(spec.token_block // 8):
+                    cute.autovec_copy(cute.make_tensor(source + 8 * j, cute.make_layout((2,))), gate)
+                    for c in cutlass.range_constexpr(2):
+                        t = 8 * j + 2 * (lane % 4) + c
+                        u = transform_up(acc[(c, h, j), 0], spec.activation)
+                        if t < num_tokens:
+                            target = (I64(item) * spec.token_block + t) * spec.capacity + slot
+                            (hidden.iterator + target).store(BF16(gate[c] * u))
+
+    @cute.jit
+    def write_padding(self, hidden, item, total, num_tokens, thread):
+        """Zeroes the slots from the end of the list to the next multiple of 64, which sparse_down reads."""
+        slot = total + thread % ROWS
+        if slot < (total + (ROWS - 1)) // ROWS * ROWS:
+            for t in cutlass.range(thread // ROWS, num_tokens, self.ring.threads // ROWS, unroll=1):
+                target = (I64(item) * self.spec.token_block + t) * self.spec.capacity + slot
+                (hidden.iterator + target).store(BF16(0.0))
 
     @cute.jit
     def sum_counts(self, counts, item, prefix, lane):

@@ -5,7 +5,7 @@ All three products of the path have the same form. Weights are the M side, token
     c[m, t] += sum over k of a[m, k] * b[t, k]        m: 64 rows of a block, t: up to token_block tokens
 
 and both operands come through a ring of ``stages`` tiles in shared memory, filled by 16-byte cp.async, so that the
-bytes in flight (stages - 1 tiles for each CTA) cost no registers. One warp group of 128 threads loads and multiplies:
+bytes in flight (stages - 1 tiles for each CTA) cost no registers. The same threads load and multiply:
 
     load tiles 0 .. stages-2
     for each tile:   wait for it | CTA barrier | load the tile stages-1 ahead | multiply
@@ -70,6 +70,11 @@ class StagedSpec:
         """Slots of one item's lists: every neuron of the expert, rounded up to whole tiles."""
         return self.tiles * ROWS
 
+    @property
+    def row_blocks(self) -> int:
+        """CTAs that share the gate or the up product of one item at most."""
+        return -(-self.tiles // self.config.row_groups)
+
     def begin(self) -> None:
         """First thing in a kernel: waits for the kernel before it, and lets the next one get ready."""
         if self.config.overlap:
@@ -79,7 +84,9 @@ class StagedSpec:
     def row_ring(self) -> TileRing:
         """Ring of the gate and up products."""
         config = self.config
-        return TileRing(config.token_block, config.row_stages, config.row_atoms, bool(config.wgmma), True)
+        return TileRing(
+            config.token_block, config.row_stages, config.row_atoms, bool(config.wgmma), True, config.row_groups
+        )
 
     def down_ring(self) -> TileRing:
         """Ring of the down product."""
@@ -90,20 +97,23 @@ class StagedSpec:
 class TileRing:
     """Ring of ``stages`` tiles and the product over them.
 
-    A tile holds ``a_lines`` lines of weights and ``token_block`` lines of tokens, ``atoms`` times (atom-major).
-    row_major True: a line is 64 elements of one weight row, k runs along it (gate and up; a_lines = 64 rows, a tile
-    covers 64 * atoms of k for weights and tokens alike). False: a line is 64 hidden columns of one gathered row, k runs
-    over the lines (down; a_lines = 64 slots, ``atoms`` blocks of 64 columns, tokens are lines of 64 slots, once).
+    A tile holds ``lines`` = 64 * groups lines of weights, and ``token_block`` lines of tokens, ``atoms`` times
+    (atom-major). row_major True: a line is 64 elements of one weight row, k runs along it, a tile covers 64 * atoms of
+    k for weights and tokens alike (gate and up). Each of ``groups`` warp groups multiplies 64 of the rows. False: a
+    line is 64 hidden columns of one gathered row, k runs over the lines; ``atoms`` blocks of 64 columns, the tokens'
+    lines of 64 slots once (down, one group).
     """
 
-    def __init__(self, token_block: int, stages: int, atoms: int, wgmma: bool, row_major: bool):
+    def __init__(self, token_block: int, stages: int, atoms: int, wgmma: bool, row_major: bool, groups: int = 1):
         self.token_block, self.stages, self.atoms = token_block, stages, atoms
         self.wgmma, self.row_major, self.fence = wgmma, row_major, wgmma
-        self.a_size = ROWS * LINE * atoms
+        self.threads, self.lines = THREADS * groups, ROWS * groups
+        self.line_step = 16 * groups  # from one line of a thread to its next
+        self.a_size = self.lines * LINE * atoms
         self.b_size = token_block * LINE * (atoms if row_major else 1)
         self.stage_size = self.a_size + self.b_size
         self.blocks = 1 if row_major else atoms  # blocks of 64 rows of c
-        self.b_loads = token_block * LINE // 8 // THREADS
+        self.b_loads = max(1, token_block // self.line_step)
 
     def allocate(self, smem):
         """The ring, bf16 in shared memory, aligned for the swizzle."""
@@ -115,17 +125,17 @@ class TileRing:
         acc.fill(0.0)
         return acc
 
-    # ---- filling: thread t handles chunk t % 8 of lines t / 8 + 16 i
+    # ---- filling: thread t handles chunk t % 8 of lines t / 8 + line_step * i
 
     @cute.jit
     def place(self, thread: cutlass.Int32):
-        """Offset of this thread's chunk in a block of lines; line i * 16 further is i * 1024 elements further."""
+        """Offset of this thread's chunk of its first line in a block of lines."""
         line = thread // 8
         return line * LINE + ((thread % 8) ^ (line % 8)) * 8
 
     @cute.jit
     def clear(self, ring: cute.Tensor, a_rows: cute.Tensor, b_rows: cute.Tensor, thread: cutlass.Int32):
-        """Zeroes, in every stage, the lines that will never be loaded (row < 0), so that no product reads garbage."""
+        """Zeroes, in every stage, the lines that will never be loaded (row -1), so that no product reads garbage."""
         zero = cute.make_rmem_tensor((8,), BF16)
         zero.fill(0.0)
         place = self.place(thread)
@@ -133,12 +143,13 @@ class TileRing:
             for k in cutlass.range_constexpr(self.atoms if self.row_major else 1):
                 if cutlass.const_expr(self.row_major):
                     for i in cutlass.range_constexpr(4):
-                        if a_rows[i] < 0:
-                            offset = s * self.stage_size + k * (ROWS * LINE) + i * 1024
+                        if a_rows[i] == -1:
+                            offset = s * self.stage_size + (k * self.lines + i * self.line_step) * LINE
                             cute.autovec_copy(zero, vector(ring.iterator, place + offset))
                 for i in cutlass.range_constexpr(self.b_loads):
-                    if b_rows[i] < 0:
-                        offset = s * self.stage_size + self.a_size + k * (self.token_block * LINE) + i * 1024
+                    if b_rows[i] == -1:
+                        offset = s * self.stage_size + self.a_size
+                        offset += (k * self.token_block + i * self.line_step) * LINE
                         cute.autovec_copy(zero, vector(ring.iterator, place + offset))
 
     @cute.jit
@@ -169,13 +180,13 @@ class TileRing:
                     cute.copy(
                         copy,
                         vector(source, rows[i] * pitch + k * LINE),
-                        vector(ring.iterator, offset + (i * 1024 + k * lines * LINE)),
+                        vector(ring.iterator, offset + (i * self.line_step + k * lines) * LINE),
                     )
             elif cutlass.const_expr(zero_fill):
                 zero = cute.make_rmem_tensor((8,), BF16)
                 zero.fill(0.0)
                 for k in cutlass.range_constexpr(atoms):
-                    cute.autovec_copy(zero, vector(ring.iterator, offset + (i * 1024 + k * lines * LINE)))
+                    cute.autovec_copy(zero, vector(ring.iterator, offset + (i * self.line_step + k * lines) * LINE))
 
     @cute.jit
     def wait_for_tile(self):
@@ -199,7 +210,8 @@ class TileRing:
     ):
         """acc[m, t] += weights[a_rows[m], :] . tokens[b_rows[t], :], both with rows of ``depth`` elements.
 
-        a_rows [4], b_rows [token_block / 16]: rows of this thread's lines (thread / 8 + 16 i), -1 for a line of zeros.
+        a_rows [4], b_rows [b_loads]: rows of this thread's lines (thread / 8 + line_step * i); -1: a line of zeros,
+        -2: no line at all.
         """
         step = LINE * self.atoms
         tiles = depth // step
@@ -231,10 +243,10 @@ class TileRing:
 
     @cute.jit
     def load_rows(self, ring, offset, source_a, a_rows, source_b, b_rows, k, depth: cutlass.Constexpr):
-        """One tile of a row-major ring: 64 weight rows and token_block token rows from k on."""
+        """One tile of a row-major ring: the weight rows and token_block token rows from k on."""
         a = source_a + cute.assume(k, divby=LINE)
         b = source_b + cute.assume(k, divby=LINE)
-        self.load_lines(ring, offset, a, a_rows, 4, depth, self.atoms, ROWS, False)
+        self.load_lines(ring, offset, a, a_rows, 4, depth, self.atoms, self.lines, False)
         offset_b = offset + self.a_size
         self.load_lines(ring, offset_b, b, b_rows, self.b_loads, depth, self.atoms, self.token_block, False)
 
@@ -244,16 +256,16 @@ class TileRing:
     def multiply(self, ring: cute.Tensor, stage: cutlass.Int32, acc: cute.Tensor, thread: cutlass.Int32):
         """acc += the tile in ``stage``. Waits until this warp group's reads of it are over."""
         if cutlass.const_expr(self.wgmma):
-            self.multiply_wgmma(ring, stage, acc)
+            self.multiply_wgmma(ring, stage, acc, thread)
         else:
             self.multiply_warp(ring, stage, acc, thread)
 
     @cute.jit
     def multiply_warp(self, ring: cute.Tensor, stage: cutlass.Int32, acc: cute.Tensor, thread: cutlass.Int32):
         mma = mma_16x8x16()
-        lane, warp = thread % 32, thread // 32
-        base = stage * self.stage_size
-        tokens = base + self.a_size
+        lane, warp, group = thread % 32, (thread % THREADS) // 32, thread // THREADS
+        base = stage * self.stage_size + group * (ROWS * LINE)
+        tokens = stage * self.stage_size + self.a_size
         a = cute.make_rmem_tensor((8,), BF16)
         b = cute.make_rmem_tensor((8, self.token_block // 16), BF16)
         # lane l addresses line l % 8 of matrix l / 8; which quarter of the fragment a matrix is, is chosen here
@@ -267,7 +279,7 @@ class TileRing:
             for block in cutlass.range_constexpr(self.blocks):
                 if cutlass.const_expr(self.row_major):
                     line = warp * 16 + (quarter % 2) * 8 + low
-                    offset = atom * (ROWS * LINE) + line * LINE + ((chunk + quarter // 2) ^ low) * 8
+                    offset = atom * (self.lines * LINE) + line * LINE + ((chunk + quarter // 2) ^ low) * 8
                     self.matrices(ring, base + offset, a, False)
                 else:
                     line = k * 16 + (quarter // 2) * 8 + low
@@ -285,7 +297,7 @@ class TileRing:
         cute.copy(load_matrices(transpose), source, cute.make_tensor(out.iterator, cute.make_layout((8, 1))))
 
     @cute.jit
-    def multiply_wgmma(self, ring: cute.Tensor, stage: cutlass.Int32, acc: cute.Tensor):
+    def multiply_wgmma(self, ring: cute.Tensor, stage: cutlass.Int32, acc: cute.Tensor, thread: cutlass.Int32):
         mma = hopper_helpers.make_trivial_tiled_mma(
             BF16,
             BF16,
@@ -295,9 +307,11 @@ class TileRing:
             (1, 1, 1),
             (ROWS, self.token_block),
         )
-        base = ring.iterator + cute.assume(stage * self.stage_size, divby=512)
+        group = cute.arch.make_warp_uniform(thread // THREADS)
+        tile = ring.iterator + cute.assume(stage * self.stage_size, divby=512)
+        base = tile + cute.assume(group * (ROWS * LINE), divby=512)
         thr = mma.get_slice(0)
-        tokens = base + self.a_size
+        tokens = tile + self.a_size
         mma.set(warpgroup.Field.ACCUMULATE, True)
         warpgroup.fence()
         for k in cutlass.range_constexpr(4 * (self.atoms if self.row_major else 1)):
@@ -306,7 +320,7 @@ class TileRing:
                 thr.partition_B, mma.make_fragment_B, tokens + atom * self.token_block * LINE, self.token_block, True
             )
             for block in cutlass.range_constexpr(self.blocks):
-                lines = base + (atom if self.row_major else block) * ROWS * LINE
+                lines = base + (atom if self.row_major else block) * self.lines * LINE
                 fa = self.operand(thr.partition_A, mma.make_fragment_A, lines, ROWS, self.row_major)
                 c = cute.make_tensor(acc[None, block].iterator, cute.make_layout(((2, 2, self.token_block // 8), 1, 1)))
                 cute.gemm(mma, c, fa[None, None, k % 4], fb[None, None, k % 4], c)
@@ -343,14 +357,14 @@ def load_item(
     weights: cute.Tensor,
     thread: cutlass.Int32,
 ):
-    """Rows of this thread's token lines (token, or pair where the tokens are scaled; -1 past the end).
+    """Rows of this thread's token lines (token, or pair where the tokens are scaled; -1 past the end, -2 no line).
 
     ``weights`` [token_block] in shared memory gets the routing weights, 0 past the end; visible after the next barrier.
     """
     rows = cute.make_rmem_tensor((ring.b_loads,), I32)
     for i in cutlass.range_constexpr(ring.b_loads):
-        t = thread // 8 + i * 16
-        rows[i] = I32(-1)
+        t = thread // 8 + i * ring.line_step
+        rows[i] = I32(-1) if t < spec.token_block else I32(-2)
         if t < num_tokens:
             rows[i] = token_row(spec, sorted_pairs[start + t])
     if thread < spec.token_block:

@@ -159,6 +159,7 @@ CONFIGS = {
     "32 tokens": replace(WARP, token_block=32),
     "64 tokens, 2 stages": replace(WARP, token_block=64, row_stages=2),
     "256-byte pieces of rows": replace(WARP, row_atoms=2, down_atoms=4, down_stages=3),
+    "two warp groups": replace(WARP, row_groups=2),
     "more stages than tiles": replace(WARP, row_stages=6, down_stages=5),
     "column tiles not divisible": replace(WARP, down_atoms=1, down_tiles=3),
     "more splits than tiles, no overlap": replace(WARP, down_splits=5, overlap=0),
@@ -173,7 +174,9 @@ def test_configs(run_ptx, seed: int, number: int) -> None:
 WGMMA = replace(WARP, wgmma=1)
 WGMMA_CONFIGS = {
     "16 tokens": WGMMA,
-    "32 tokens, 256-byte pieces of rows": replace(WGMMA, token_block=32, row_atoms=2, down_atoms=4),
+    "32 tokens, 256-byte pieces of rows, 2 groups": replace(
+        WGMMA, token_block=32, row_atoms=2, row_groups=2, down_atoms=4
+    ),
     "64 tokens, column tiles not divisible": replace(WGMMA, token_block=64, down_atoms=1, down_tiles=3),
 }
 
@@ -183,6 +186,11 @@ def test_wgmma(run_ptx, seed: int, number: int) -> None:
     config = list(WGMMA_CONFIGS.values())[number]
     for num_tokens, routing in ((5, "uniform"), (37, "zipf"), (33, "one-expert")):
         run(run_ptx, seed, config, number % 2 == 0, num_tokens=num_tokens, routing=routing, sparsity=0.7)
+
+
+def test_more_pairs_than_the_sort_keeps_in_registers(run_ptx, seed: int) -> None:
+    shape = {"num_experts": 2, "top_k": 4, "hidden_size": 64, "intermediate_size": 8}
+    run(run_ptx, seed, replace(WARP, down_atoms=1), num_tokens=1100, routing="repeated", skip_pairs=0.98, **shape)
 
 
 def test_deterministic_reduction_has_no_atomics(run_ptx) -> None:
