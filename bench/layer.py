@@ -23,7 +23,7 @@ from . import arguments
 from .baselines import NAMES as BASELINES
 from .baselines import Baseline, Unavailable, VllmTriton, make_baselines
 from .check import Expectation, WrongResult, check, expectations
-from .plans import resolve_plans
+from .plans import NoPlan, resolve_plans
 from .problems import (
     ROUTINGS,
     Batch,
@@ -263,7 +263,7 @@ class Point:
             plans = resolve_plans(
                 text, shape, self._num_tokens, rule.sparsity, rule.pair_skip, bench.options.device, batch.activation
             )
-        except UserError as reason:
+        except NoPlan as reason:
             bench.once(f"{where}: plan {text} left out: {reason}")
             return
         cutoffs = batch.cutoffs(rule)

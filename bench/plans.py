@@ -16,6 +16,10 @@ from cutedsl_kernels.environment import gpu_of
 _PATTERN = re.compile(r"(?P<kind>[a-z]+)(?::(?P<count>\d+)|\[(?P<fields>[^\]]*)\])?")
 
 
+class NoPlan(UserError):
+    """No plan of the name can run this shape at this number of tokens."""
+
+
 def ranked_plans(
     shape: MoEShape,
     num_tokens: int,
@@ -44,7 +48,8 @@ def resolve_plans(
     device: torch.device,
     activation: str = "silu",
 ) -> list[Plan]:
-    """The plans that ``text`` names; on a CPU always the CPU back end. UserError if there is none that can run."""
+    """The plans that ``text`` names; on a CPU always the CPU back end. UserError for a name that is none, NoPlan if
+    nothing of that name can run here."""
     match = _PATTERN.fullmatch(text.strip())
     kinds = [kind for kind in PLAN_KINDS if match is not None and kind == match["kind"]]
     auto = match is not None and match["kind"] == "auto"
@@ -62,10 +67,10 @@ def resolve_plans(
     if match["fields"] is not None:
         plan = Plan(cast(Any, kind), _config(kind, match["fields"], ranked))
         if reason := illegal_reason(plan, shape, num_tokens, activation):
-            raise UserError(f"{plan} cannot run {shape.key} at {num_tokens} tokens: {reason}")
+            raise NoPlan(f"{plan} cannot run {shape.key} at {num_tokens} tokens: {reason}")
         return [plan]
     if not ranked:
-        raise UserError(f"no {kind} plan can run {shape.key} at {num_tokens} tokens")
+        raise NoPlan(f"no {kind} plan can run {shape.key} at {num_tokens} tokens")
     return ranked[: int(match["count"] or 1)]
 
 

@@ -1,7 +1,7 @@
 """Plots and the README's table, made from benchmark CSVs only.
 
-    cutedsl-kernels bench plot bench/results/*.csv --out plots        all plots of every model in the files
-    cutedsl-kernels bench plot bench/results/*.csv --readme           the table and the plot that README.md shows
+    cutedsl-kernels bench plot bench/results/layer*.csv --out plots        all plots of every model in the files
+    cutedsl-kernels bench plot bench/results/layer*.csv --readme           the table and the plot that README.md shows
 
 Each plot is written as PNG and SVG. The SVG holds a hash of the numbers drawn, by which a test sees that a plot no
 longer fits its CSV.

@@ -49,8 +49,8 @@ class Rule:
 class Cutoffs:
     """Thresholds that realise a rule on a batch: tau, fp32 [E, I], and rho.
 
-    tau is one number but for neurons with which a checked token would come within rounding of it: there it is moved up
-    until it does not, so that back ends that round the gate differently must agree about every neuron that is checked.
+    tau is one number but for neurons with which a checked token would come within rounding of it: there it is moved
+    a little, so that back ends that round the gate differently must agree about every neuron that is checked.
     """
 
     rule: Rule
@@ -146,22 +146,29 @@ class Batch:
         return Cutoffs(rule, tau, rho)
 
     def _move_off(self, tau: torch.Tensor, rule: Rule) -> None:
-        """Raises tau [E, I] in place where rounding a checked token's gate could put its score on the other side."""
+        """Moves tau [E, I] in place, up or down, whichever is less, to where rounding the gate of a checked token
+        cannot put its score on the other side."""
+        above, below = self._moved(tau, rule, True), self._moved(tau, rule, False)
+        tau.copy_(torch.where(above * below < tau * tau, above, below))
+
+    def _moved(self, tau: torch.Tensor, rule: Rule, upwards: bool) -> torch.Tensor:
+        moved = tau.clone()
         checked = torch.tensor(self.checked_tokens, device=tau.device)
-        for _ in range(64):
-            moved = False
+        for _ in range(256):
+            done = True
             for pairs in self._pair_gates():
                 rows = torch.isin(pairs.token, checked).nonzero().squeeze(1)
                 low, high = pairs.score_range(self.activation, rule, rows)
-                current = tau[pairs.expert[rows]]
-                inside = (low < current) & (current <= high)
+                index = pairs.expert[rows]
+                inside = (low < moved[index]) & (moved[index] <= high)
                 if inside.any():
-                    index = pairs.expert[rows].unsqueeze(1).expand_as(inside)
-                    tau.scatter_reduce_(0, index, torch.where(inside, high * 1.001, 0.0), "amax")
-                    moved = True
-            if not moved:
-                return
-        raise RuntimeError("no thresholds apart from the checked scores were found in 64 rounds")
+                    done = False
+                    goal = torch.where(inside, high * 1.0001 if upwards else low * 0.9999, moved[index])
+                    index = index.unsqueeze(1).expand_as(goal)
+                    moved.scatter_reduce_(0, index, goal, "amax" if upwards else "amin")
+            if done:
+                return moved
+        raise RuntimeError("no thresholds apart from the checked scores were found in 256 rounds")
 
     def count(self, cutoffs: Cutoffs) -> MaskCounts:
         """Exact counts over the counted calls, from the scores in fp32."""
@@ -217,11 +224,11 @@ class PairGates:
         return a * r.unsqueeze(1) if rule.router_weighted else a
 
     def score_range(self, activation: str, rule: Rule, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Smallest and largest score when g is off by GATE_ROUNDING, and one per cent more; [rows, I] each."""
+        """Smallest and largest score when g is off by GATE_ROUNDING; [rows, I] each."""
         g, r = self.g[rows], self.r[rows].unsqueeze(1)
         reach = GATE_ROUNDING * g.abs() + 1e-5
         ends = torch.stack([gate_activation(g + d, activation).abs() for d in (-reach, 0 * reach, reach)])
-        low, high = ends.amin(0) * 0.99, ends.amax(0) * 1.01
+        low, high = ends.amin(0), ends.amax(0)
         return (low * r, high * r) if rule.router_weighted else (low, high)
 
 

@@ -35,6 +35,7 @@ DECODE = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 FULL = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 SWEEP = (0.0, 0.5, 0.7, 0.85, 0.9)
 ROUTED = Rule(0.9, 0.35, True)
+LEAST_BUDGET_S = 5.0  # with less left no worker is started
 WORKER_LOST = 3
 WORKER_OUT_OF_TIME = 4
 
@@ -197,29 +198,23 @@ def _default_baselines(device: torch.device) -> list[str]:
     return ["torch-dense"] if device.type == "cpu" else ["vllm-triton", "torch-grouped-mm"]
 
 
-def supervise(options: argparse.Namespace, argv: Sequence[str], journal: Journal) -> int:
-    """The parent: runs workers until one ends by itself or the budget is spent. 0; 1: paths left out; 2: bad input."""
-    deadline = time.monotonic() + options.budget_s
+def supervise(command: Sequence[str], budget_s: float, stall_s: float, journal: Journal) -> int:
+    """The parent: runs workers until one ends by itself or the budget is spent. 0; 1: paths left out; 2: bad input.
+
+    command: what starts a worker, but for its journal and its share of the budget.
+    """
+    deadline = time.monotonic() + budget_s
     lost = 0
     while True:
         left = deadline - time.monotonic()
-        if left <= 5:
+        if left <= LEAST_BUDGET_S:
             print("budget spent: run the same command again to go on")
             return 1 if lost else 0
-        words = [
-            sys.executable,
-            "-m",
-            __spec__.name,
-            *argv,
-            "--journal",
-            str(journal.path),
-            "--worker-budget-s",
-            f"{left:.0f}",
-        ]
+        words = [*command, "--journal", str(journal.path), "--worker-budget-s", f"{left:.0f}"]
         began = time.time()
         worker = subprocess.Popen(words)
         try:
-            code = _watch(worker, journal, began, options.stall_s, deadline)
+            code = _watch(worker, journal, began, stall_s, deadline)
         finally:
             if worker.poll() is None:
                 worker.kill()
@@ -287,11 +282,10 @@ def main(argv: Sequence[str] | None = None, prog: str = "bench.suite") -> int:
         make_baselines(options.baselines or [])
         if options.csv:
             CsvWriter(options.csv).close()
-        if options.journal or options.csv:
-            journal = options.journal or options.csv.with_suffix(".journal")
-            return supervise(options, _without_journal(argv), Journal(journal))
+        command = [sys.executable, "-m", __spec__.name, *_without_journal(argv)]
         with tempfile.TemporaryDirectory() as folder:
-            return supervise(options, argv, Journal(Path(folder, "journal")))
+            path = options.journal or (options.csv and options.csv.with_suffix(".journal")) or Path(folder, "journal")
+            return supervise(command, options.budget_s, options.stall_s, Journal(path))
     except (UserError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
