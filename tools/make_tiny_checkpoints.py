@@ -90,10 +90,10 @@ def _deepseek_v2() -> tuple[Any, Any]:
         topk_method="greedy",
         n_group=1,
         topk_group=1,
-        kv_lora_rank=32,
+        kv_lora_rank=512,  # the latent attention kernels know 512 + 64 only
         q_lora_rank=None,
         qk_nope_head_dim=32,
-        qk_rope_head_dim=32,
+        qk_rope_head_dim=64,
         v_head_dim=32,
     )
     return config, transformers.DeepseekV2ForCausalLM
@@ -112,6 +112,39 @@ def _gpt_oss() -> tuple[Any, Any]:
     return config, transformers.GptOssForCausalLM
 
 
+_LINEAR_ATTENTION = {
+    "moe_intermediate_size": 88,
+    "shared_expert_intermediate_size": 96,
+    "num_experts": 8,
+    "num_experts_per_tok": 4,
+    "head_dim": 32,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "layer_types": ["linear_attention", "full_attention"],
+}
+
+
+def _qwen3_next() -> tuple[Any, Any]:
+    config = transformers.Qwen3NextConfig(**_COMMON, intermediate_size=128, norm_topk_prob=True, **_LINEAR_ATTENTION)
+    return config, transformers.Qwen3NextForCausalLM
+
+
+def _qwen35_moe() -> tuple[Any, Any]:
+    vision = {
+        "depth": 1,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_heads": 2,
+        "out_hidden_size": 64,
+        "patch_size": 16,
+        "num_position_embeddings": 16,
+    }
+    config = transformers.Qwen3_5MoeConfig(text_config={**_COMMON, **_LINEAR_ATTENTION}, vision_config=vision)
+    return config, transformers.Qwen3_5MoeForConditionalGeneration
+
+
 def _llama4() -> tuple[Any, Any]:
     config = transformers.Llama4TextConfig(
         **_COMMON,
@@ -121,7 +154,7 @@ def _llama4() -> tuple[Any, Any]:
         num_experts_per_tok=1,
         interleave_moe_layer_step=1,
         head_dim=32,
-        attention_chunk_size=64,
+        attention_chunk_size=128,
     )
     return config, transformers.Llama4ForCausalLM
 
@@ -135,6 +168,8 @@ ARCHITECTURES: dict[str, Callable[[], tuple[Any, Any]]] = {
     "deepseek-v2": _deepseek_v2,
     "gpt-oss": _gpt_oss,
     "llama4": _llama4,
+    "qwen3-next": _qwen3_next,
+    "qwen3.5-moe": _qwen35_moe,
 }
 
 
@@ -171,7 +206,7 @@ def make(name: str, out: Path, seed: int) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("names", nargs="*", choices=[*ARCHITECTURES, []], help="default: all")
+    parser.add_argument("names", nargs="*", choices=[*ARCHITECTURES, []], metavar="NAME", help="default: all")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     for name in args.names or ARCHITECTURES:
