@@ -48,16 +48,20 @@ class FusedConfig:
         """Threads of a CTA: gate and up/down warps, and a warpgroup of which two warps issue the copies."""
         return 32 * (self.gate_warps + self.updown_warps + 4)
 
+    @property
+    def start_registers(self) -> int:
+        """Registers every thread starts with: an equal share of an SM partition's 16384, in steps of 8."""
+        return min(512 // (self.num_threads // 128) // 8 * 8, 248)
+
     def registers(self, hidden_size: int) -> tuple[int, int] | None:
         """Registers of a thread of the gate and of the up/down warps, or None where the register file is too small.
 
         All threads start with an equal share of the file; then the producers give up most of theirs (setmaxnreg).
         """
         gate_groups, updown_groups = self.gate_warps // 4, self.updown_warps // 4
-        start = min(512 // (gate_groups + updown_groups + 1) // 8 * 8, 248)
-        free = start * (gate_groups + updown_groups + 1) - PRODUCER_REGISTERS
+        free = self.start_registers * (gate_groups + updown_groups + 1) - PRODUCER_REGISTERS
         units = hidden_size // 32
-        gate = WORKING_REGISTERS + 4 * -(-units // self.gate_warps)
+        gate = WORKING_REGISTERS + 8 + 4 * -(-units // self.gate_warps)
         updown = WORKING_REGISTERS + (12 if self.keep_sums else 4) * -(-units // self.updown_warps)
         gate, updown = -(-gate // 8) * 8, -(-updown // 8) * 8
         if gate_groups * gate + updown_groups * updown > free or max(gate, updown) > 240:
@@ -81,10 +85,10 @@ class StagedConfig:
 
     token_block: tokens of one expert handled at once. wgmma: 1 for wgmma, 0 for warp MMA. row_stages, row_atoms: tiles
     in the ring of the gate and up products, and 128-byte lines of each row in a tile; row_groups: warp groups, 64 rows
-    each, that share the tokens of a tile. down_stages, down_atoms: the same
-    for the down product, whose tile is 64 gathered rows by down_atoms lines. down_tiles: tiles of columns one CTA works
-    off in turn. down_splits: CTAs that share the active neurons of one item. overlap: 1 if a kernel may start while the
-    last CTAs of the one before it still run (programmatic dependent launch).
+    each, that share the tokens of a tile. up_rows: active rows one CTA of the up product takes at most. down_stages,
+    down_atoms: the ring of the down product, whose tile is 64 gathered rows by down_atoms lines. down_tiles: tiles of
+    columns one CTA works off in turn. down_splits: CTAs that share the active neurons of one item. overlap: 1 if a
+    kernel may start while the last CTAs of the one before it still run (programmatic dependent launch).
     """
 
     token_block: int = 16
@@ -92,6 +96,7 @@ class StagedConfig:
     row_stages: int = 6
     row_atoms: int = 1
     row_groups: int = 1
+    up_rows: int = 64
     down_stages: int = 4
     down_atoms: int = 2
     down_tiles: int = 4
@@ -206,6 +211,7 @@ def _illegal_staged(config: StagedConfig, shape: MoEShape) -> str | None:
         "wgmma": (0, 1),
         "row_atoms": (1, 2),
         "row_groups": (1, 2),
+        "up_rows": (16, 32, 64, 128),
         "down_atoms": (1, 2, 4),
         "overlap": (0, 1),
     }
@@ -229,7 +235,7 @@ def _illegal_staged(config: StagedConfig, shape: MoEShape) -> str | None:
 def _illegal_fused(config: FusedConfig, shape: MoEShape, num_tokens: int | None) -> str | None:
     choices = {
         "stage_rows": (8, 16),
-        "chunk_rows": (8,),
+        "chunk_rows": (4, 8),
         "gate_warps": (4, 8),
         "updown_warps": (4, 8, 16),
         "keep_sums": (0, 1),

@@ -61,6 +61,7 @@ VARIANTS = (
     "row_stages=4,down_stages=3,down_tiles=2",
     "row_stages=3,down_stages=3,down_tiles=2",
     "row_stages=3,down_stages=3,down_tiles=1",
+    "row_stages=4,up_rows=32,down_stages=3,down_tiles=2",
     "row_stages=3,row_groups=2,down_stages=3,down_tiles=2",
     "row_stages=4,row_groups=2,down_stages=3,down_tiles=2",
     "row_stages=4,down_stages=3,down_tiles=2,fence=0",

@@ -1,14 +1,14 @@
 """sparse_up: the up product of the staged path over active neurons only.
 
-One CTA = one item and one block of slots of its concatenated list (all tiles of the expert, in order of neurons), up to
-64 for each warp group:
+One CTA = one item and one block of up to up_rows slots of its concatenated list (all tiles of the expert, in order of
+neurons):
 
     1  prefix sum over the item's counts; the list is cut into blocks of equal size, as few as possible; others leave
     2  slot -> (tile, position) by binary search -> neuron; the list is also written out in one piece for sparse_down
     3  u[s, t] = W_up[neuron of s, :] . x[t, :]                  gathered rows through the ring, each read once
     4  h = a * r * transform(u), rounded to bf16, hidden[item, t, s]; 0 up to a multiple of 64 slots
 
-Grid: (tiles / warp groups, max_items), fixed by T.
+Grid: (I / up_rows, max_items), fixed by T.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ class SparseUp:
 
     def __init__(self, spec: StagedSpec):
         self.spec, self.ring = spec, spec.row_ring()
+        self.rows = min(spec.config.up_rows, self.ring.lines)
 
     @cute.jit
     def launch(
@@ -46,7 +47,7 @@ class SparseUp:
         self.kernel(
             tokens, w13, topk_weights, items, sorted_pairs, counts, neurons, gates, active, slots, hidden
         ).launch(
-            grid=(self.spec.row_blocks, cute.size(items, mode=[0]), 1),
+            grid=(-(-self.spec.intermediate_size // self.rows), cute.size(items, mode=[0]), 1),
             block=(self.ring.threads, 1, 1),
             stream=stream,
             min_blocks_per_mp=2,
@@ -87,7 +88,7 @@ class SparseUp:
             total = prefix[spec.tiles]
             if block == 0 and thread == 0:
                 active[item] = total
-            blocks = (total + (self.ring.lines - 1)) // self.ring.lines
+            blocks = (total + (self.rows - 1)) // self.rows
             if block < blocks:
                 size = (total + blocks - 1) // blocks
                 first = block * size

@@ -159,7 +159,7 @@ CONFIGS = {
     "32 tokens": replace(WARP, token_block=32),
     "64 tokens, 2 stages": replace(WARP, token_block=64, row_stages=2),
     "256-byte pieces of rows": replace(WARP, row_atoms=2, down_atoms=4, down_stages=3),
-    "two warp groups": replace(WARP, row_groups=2),
+    "two warp groups, up rows by 16": replace(WARP, row_groups=2, up_rows=16),
     "more stages than tiles": replace(WARP, row_stages=6, down_stages=5),
     "column tiles not divisible": replace(WARP, down_atoms=1, down_tiles=3),
     "more splits than tiles, no overlap": replace(WARP, down_splits=5, overlap=0),
