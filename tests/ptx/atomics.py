@@ -176,6 +176,8 @@ class Atomics:
             have = int(ids[w])
             if have >= 0 and returns and order != "release":
                 clocks.acquire(a, self.snapshots[have], a // clocks.width)
+            elif have >= 0 and returns:
+                self._defer(a, have)
             mine = self._publish(a, t, order if order != "acquire" else "relaxed")
             if mine >= 0:
                 ids[w] = self._merge(have, mine)
@@ -216,10 +218,15 @@ class Atomics:
             for s, a in {(int(s), int(a)) for s, a in zip(found, self.m.agent_of[who], strict=True) if s >= 0}:
                 if acquire:
                     clocks.acquire(a, self.snapshots[s], a // clocks.width)
-                elif a in self.pending:
-                    self.pending[a].join(self.snapshots[s])
                 else:
-                    self.pending[a] = self.snapshots[s].copy()
+                    self._defer(a, s)
+
+    def _defer(self, agent: int, snapshot: int) -> None:
+        """Seen without acquiring: the next fence of the agent takes it over."""
+        if agent in self.pending:
+            self.pending[agent].join(self.snapshots[snapshot])
+        else:
+            self.pending[agent] = self.snapshots[snapshot].copy()
 
     def fence_acquires(self, ids: np.ndarray) -> None:
         if self.pending:

@@ -15,7 +15,7 @@ import numpy as np
 from .barriers import BarrierOp
 from .blocks import Block
 from .machine import Machine
-from .scalars import PtxError
+from .scalars import PtxError, Unsupported
 
 BLOCKED, PARKED, EXITED = 1 << 20, 1 << 21, 1 << 22
 SPIN_WINDOW, FAIR_STEPS = 256, 48
@@ -29,6 +29,7 @@ class Scheduler:
         self.max_steps, self.idle_steps = max_steps, max(max_steps // 10, 1000)
         self.last_run = np.zeros(len(self.blocks) + 1, np.int64)
         self.seconds = 0.0
+        self.waiting = np.zeros(machine.total // 32, np.int32)  # 1 + the block at which a warp waits for its lanes
 
     # ---- the main loop
     def run(self) -> None:
@@ -85,7 +86,11 @@ class Scheduler:
             ids = self.all if act is None else act
             if m.program.wgmma_registers:
                 m.wgmma.before_block(b, ids)
-            result = b.run(m, m.registers, self._index(act), n, ids)
+            try:
+                result = b.run(m, m.registers, self._index(act), n, ids)
+            except Unsupported as e:
+                x, y = b.instructions[0], b.instructions[-1]
+                raise Unsupported(f"PTX line {x.line} to {y.line} `{x.text[:60]}`: unsupported {e}") from e
             self.last_run[cur] = m.steps
             m.vector_instructions += len(b.instructions)
             m.thread_instructions += len(b.instructions) * n
@@ -145,6 +150,13 @@ class Scheduler:
             np.bitwise_or.at(need, warp, register[ids].astype(np.uint32))
         gone = np.packbits(m.exited.reshape(-1, 32), axis=1, bitorder="little").view(np.uint32).ravel()
         ok = (here & need) == (need & ~gone)
+        k = int(self.pc[ids[0]]) + 1 if len(ids) < m.total else 0
+        if k:
+            missing = ok & (self.waiting == k) & ((need & gone & ~here) != 0) & (here != 0)
+            if missing.any():
+                self._report_part(b, ids[missing[warp]], "the other lanes went on and left the kernel")
+            self.waiting[(here != 0) & ~ok] = k
+            self.waiting[(here != 0) & ok] = 0
         inside = (need[warp] >> lane.astype(np.uint32)) & np.uint32(1) != 0
         return ids[ok[warp] & inside]
 
@@ -268,10 +280,7 @@ class Scheduler:
         k = int(at.min())
         b = self.blocks[k]
         ids = np.nonzero(pc == k)[0]
-        name = "barrier" if b.kind == "bar" and len(b.instructions) == 1 else b.instructions[0].op
-        m.report(f"{name} executed by part of a warp", b.first, ids, "the other lanes of the member mask never arrive")
-        if m.reports.found[(f"{name} executed by part of a warp", b.first)].count > 100 * m.total:
-            return False
+        self._report_part(b, ids, "the other lanes of the member mask never arrive")
         if b.kind == "bar" and len(b.instructions) == 1:
             result = b.run(m, m.registers, self._index(ids), len(ids), ids)
             self._barrier(b.barrier, k, ids, result)
@@ -280,6 +289,10 @@ class Scheduler:
             m.exited[ids] = True
         m.progress += 1
         return True
+
+    def _report_part(self, b: Block, ids: np.ndarray, detail: str) -> None:
+        name = "barrier" if b.kind == "bar" and len(b.instructions) == 1 else b.instructions[0].op
+        self.m.report(f"{name} executed by part of a warp", b.first, ids, detail)
 
     def _hang(self, why: str) -> None:
         m, pc = self.m, self.pc
