@@ -116,7 +116,7 @@ def drop(*keys: str) -> Callable[[dict[str, Any]], None]:
 TABLE = ("layers", LAYERS[1])
 
 DAMAGE = {
-    "unknown version": (put("format", value="intra-expert-sparsity/3"), "format is 'intra-expert-sparsity/2'.*reads"),
+    "unknown version": (put("format", value="intra-expert-sparsity/3"), "format is 'intra-expert-sparsity/3'.*reads"),
     "no version": (drop("format"), "format is None"),
     "nan threshold": (put(*TABLE, "thresholds", value=[0.01, float("nan"), 0.4]), r"thresholds\.1: .*finite"),
     "infinite threshold": (put(*TABLE, "thresholds", value=[0.01, 0.2, float("inf")]), r"thresholds\.2: .*finite"),

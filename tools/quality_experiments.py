@@ -136,9 +136,9 @@ class Study:
         """A budget for a score; costs are KL on calibration text, one layer sparse at a time."""
         scored = self.scored[name]
 
-        def cost(layer: str, sparsity: float) -> float:
-            alone = {other: sparsity if other == layer else 0.0 for other in self.model.layers}
-            return self.tuner.quality(scored.rules(alone)).kl_mean
+        def costs(layer: str, grid: list[float]) -> list[float]:
+            alone = [{other: s if other == layer else 0.0 for other in self.model.layers} for s in grid]
+            return [self.tuner.quality(scored.rules(targets)).kl_mean for targets in alone]
 
         if kind == "uniform":
             return budgets.Budget({a: dict.fromkeys(self.model.layers, a) for a in AVERAGES})
@@ -147,7 +147,7 @@ class Study:
             return budgets.Budget(budgets.shared_threshold(scored.histograms, AVERAGES, router_weighted=routed))
         measured = budgets.Measurements(None, {})
         grid = budgets.GREEDY_GRID if kind == "greedy" else (budgets.FISHER_POINT,)
-        measured.measure(self.model.layers, grid, cost)
+        measured.measure(self.model.layers, grid, costs)
         if kind == "greedy":
             curves = {layer: budgets.measured_curve(points) for layer, points in measured.costs.items()}
         else:

@@ -30,11 +30,20 @@ def calibrate(
     ] = None,
     score: Annotated[
         str,
-        typer.Option(help="gate: |act(gate)| (the paper's); gate-routed: times the routing weight."),
+        typer.Option(
+            help="What a neuron is judged by: gate (the paper's), down, up-down or moments, each also with -routed: "
+            "times the routing weight. docs/thresholds.md explains them."
+        ),
     ] = "gate-routed",
     skip_pairs: Annotated[
         float, typer.Option(help="Share of (token, expert) pairs to skip whole, those of lowest routing weight; 0..1.")
     ] = 0.0,
+    budget: Annotated[
+        str,
+        typer.Option(
+            help="Sparsity per layer for an average: uniform; shared (one threshold); greedy or fisher (measured)."
+        ),
+    ] = "uniform",
     target: Annotated[
         list[float] | None,
         typer.Option("--target", help="Rows of the table, 0..1; may be given several times. Default: 0.05 to 0.99."),
@@ -45,10 +54,14 @@ def calibrate(
     enable_expert_parallel: Annotated[bool, typer.Option(help="Shard by experts instead of by neurons.")] = False,
 ) -> None:
     """Write the sparsity profile of a model: per layer, the thresholds for each target sparsity."""
-    from ..calibration import DEFAULT_TARGETS, SCORES
+    from ..calibration import DEFAULT_TARGETS
+    from ..quality.budgets import BUDGETS
+    from ..quality.scores import SCORES
 
     if score not in SCORES:
         raise UserError(f"--score must be one of {', '.join(SCORES)}, got {score!r}")
+    if budget not in BUDGETS:
+        raise UserError(f"--budget must be one of {', '.join(BUDGETS)}, got {budget!r}")
     if not 0 <= skip_pairs < 1:
         raise UserError(f"--skip-pairs must be a share in 0..1, got {skip_pairs:g}")
     targets = sorted(set(target or DEFAULT_TARGETS))
@@ -103,7 +116,7 @@ def calibrate(
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=console, transient=True) as progress:
-            task = progress.add_task("calibrating", total=planned_tokens(sequences, targets))
+            task = progress.add_task("calibrating", total=planned_tokens(sequences, targets, score))
             profile = calibrate_profile(
                 engine,
                 sequences,
@@ -112,15 +125,19 @@ def calibrate(
                 score=score,
                 skip_pairs=skip_pairs,
                 targets=targets,
+                budget=budget,
+                out=out,
                 progress=lambda done: progress.advance(task, done),
             )
     finally:
         engine.shutdown()
     profile.save(out)
     print(
-        f"{out}: {len(profile.layers)} layers, score {score}, skipped pairs {skip_pairs:.0%}, "
+        f"{out}: {len(profile.layers)} layers, score {score}, budget {budget}, skipped pairs {skip_pairs:.0%}, "
         f"targets {targets[0]:g} to {targets[-1]:g}, from {tokens} tokens"
     )
+    if profile.neurons is not None:
+        print(f"{out.with_name(profile.neurons.file)}: per-neuron parts, {profile.neurons.size} bytes; keep it there")
 
 
 def _too_short(tokens: int) -> None:

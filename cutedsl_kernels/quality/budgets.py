@@ -154,18 +154,21 @@ class Measurements:
             )
         self.costs = stored
 
-    def measure(self, layers: Iterable[str], grid: Sequence[float], cost: Callable[[str, float], float]) -> int:
-        """Calls cost(layer, sparsity) for every point that is not there yet. Returns the number of calls."""
-        calls = 0
+    def measure(
+        self, layers: Iterable[str], grid: Sequence[float], costs: Callable[[str, list[float]], Sequence[float]]
+    ) -> int:
+        """Calls costs(layer, sparsities) for the points of each layer that are not there yet. Returns how many those
+        were.
+        """
+        measured = 0
         for name in layers:
             row = self.costs.setdefault(name, {})
-            for sparsity in grid:
-                if sparsity in row:
-                    continue
-                row[sparsity] = cost(name, sparsity)
-                calls += 1
+            missing = [sparsity for sparsity in grid if sparsity not in row]
+            if missing:
+                row.update(zip(missing, costs(name, missing), strict=True))
+                measured += len(missing)
                 self._save()
-        return calls
+        return measured
 
     def _save(self) -> None:
         if self.path is None:

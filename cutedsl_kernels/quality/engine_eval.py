@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import track
 
 from ..errors import UserError
-from .metrics import Comparison
+from .metrics import Comparison, Quality
 from .report import LayerRealised, Row
 
 if TYPE_CHECKING:
@@ -54,6 +54,17 @@ def start_engine(
         tensor_parallel_size=tensor_parallel_size,
         disable_log_stats=True,
     )
+
+
+def setting_qualities(
+    engine: SparseEngine, sequences: Sequence[Sequence[int]], settings: Sequence[Any]
+) -> list[Quality]:
+    """Quality of each setting (targets, or thresholds per layer) against the dense model, on the same text."""
+    comparisons = [Comparison() for _ in settings]
+    for chunk in engine.score(sequences, settings=[0.0, *settings], count=False):
+        for comparison, log_probs in zip(comparisons, chunk.log_probs[1:], strict=True):
+            comparison.add(chunk.next_tokens, chunk.log_probs[0], log_probs)
+    return [comparison.result() for comparison in comparisons]
 
 
 def compare_targets(

@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 
 from ..errors import UserError
-from ..reference import up_transform
+from ..reference import local_experts, up_transform
 from ..weights import ExpertWeights
 
 WeightKind = Literal["none", "down", "up-down", "moments"]
@@ -111,6 +111,27 @@ def up_projection(weights: ExpertWeights, expert: int, x: torch.Tensor, activati
     return up_transform(up, activation)
 
 
+def observe_up(
+    moments: UpMoments,
+    hidden_states: torch.Tensor,
+    weights: ExpertWeights,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    *,
+    activation: str = "silu",
+    expert_map: torch.Tensor | None = None,
+    apply_router_weight_on_input: bool = False,
+) -> None:
+    """Feeds ``moments`` with one layer's call; arguments as sparse_moe's. Synchronises the device."""
+    ids = local_experts(topk_ids, expert_map, weights.num_experts)
+    for e in torch.unique(ids[ids >= 0]).tolist():
+        token, slot = torch.nonzero(ids == e, as_tuple=True)
+        x = hidden_states[token]
+        if apply_router_weight_on_input:
+            x = (x.float() * topk_weights[token, slot].float().unsqueeze(1)).to(x.dtype)
+        moments.observe(e, up_projection(weights, e, x, activation))
+
+
 def neuron_weights(score: Score, weights: ExpertWeights, rms_up: torch.Tensor | None = None) -> torch.Tensor | None:
     """c fp32 [E, I] on the weights' device, at least SMALLEST_WEIGHT; None where c is 1. ``rms_up`` [E, I] for
     calibrated scores.
@@ -134,9 +155,12 @@ def weight_check(weights: ExpertWeights) -> torch.Tensor:
     """Fingerprint of a layer: sums of the up and down norms over gcd(I, 16) equal blocks of neurons, fp32 [E, 2,
     blocks].
     """
-    blocks = math.gcd(weights.intermediate_size, CHECK_BLOCKS)
-    norms = torch.stack(row_norms(weights), dim=1)
-    return norms.unflatten(2, (blocks, -1)).sum(-1).cpu()
+    return check_of_norms(torch.stack(row_norms(weights), dim=1))
+
+
+def check_of_norms(norms: torch.Tensor) -> torch.Tensor:
+    """weight_check from norms of the up and down rows, fp32 [E, 2, I]."""
+    return norms.unflatten(2, (math.gcd(norms.shape[2], CHECK_BLOCKS), -1)).sum(-1).cpu()
 
 
 def matches_check(stored: torch.Tensor, weights: ExpertWeights, tp_rank: int = 0, tp_size: int = 1) -> bool:

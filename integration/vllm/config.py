@@ -1,4 +1,6 @@
-"""IntraExpertSparseConfig: what vLLM builds for `--quantization intra_expert_sparse`; picks a method for each layer."""
+"""IntraExpertSparseConfig: what vLLM builds for `--quantization intra_expert_sparse`; picks a method for each
+layer.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,11 @@ from vllm.model_executor.layers.quantization import (
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
 from ...errors import UserError
+from ...quality.scores import NeuronParts
 from ...sparsity import SparsityProfile
 from . import compat
-from .options import METHOD_NAME, OVERRIDES_KEY, Options, choose_target, load_profile
+from .neurons import load_parts
+from .options import METHOD_NAME, OVERRIDES_KEY, Options, choose_target, find_profile, load_profile
 from .state import LayerState
 from .stats import SparsityStats
 
@@ -39,6 +43,7 @@ class IntraExpertSparseConfig(QuantizationConfig):
         self.model = ""
         self.options = Options()
         self.profile: SparsityProfile | None = None
+        self.neurons: dict[str, NeuronParts] = {}
         self.target = 0.0
         self.expected: list[str] = []  # layers that will use this method
         self.fallbacks: dict[str, str] = {}  # layers that will not, and why
@@ -85,6 +90,7 @@ class IntraExpertSparseConfig(QuantizationConfig):
                 return
             self.profile = load_profile(self.options, model_name, hf_config)
             self.target = choose_target(self.options, self.profile)
+            self.neurons = load_parts(self.profile, find_profile(self.options, model_name))
         except UserError as error:
             raise MethodError(str(error)) from None
 

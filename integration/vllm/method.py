@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ...errors import UserError
 from ...moe import sparse_moe
 from ...weights import SUPPORTED_DTYPES, ExpertWeights
 from . import compat
 from .dense import run_dense
+from .neurons import apply_parts
 from .state import LayerState
 
 if TYPE_CHECKING:
@@ -83,6 +85,13 @@ class IntraExpertSparseMethod(compat.method_base_class()):  # type: ignore[misc]
             tp_size=parallel.tp_size,
             tp_rank=parallel.tp_rank,
         )
+        if self.prefix in self.config.neurons and self.config.profile is not None:
+            try:
+                apply_parts(layer, state, self.config.profile.score, self.config.neurons[self.prefix])
+            except UserError as error:
+                from .config import MethodError
+
+                raise MethodError(str(error)) from None
         if self.config.profile is not None:
             tau, rho = self.config.profile.thresholds(self.prefix, self.config.target)
             state.set(tau, rho, self.config.profile.router_weighted, f"{self.config.target:g}", self.config.target)

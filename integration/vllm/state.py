@@ -1,4 +1,6 @@
-"""What one routed-expert layer holds at run time: weights, thresholds, and what is being recorded. No vLLM in here."""
+"""What one routed-expert layer holds at run time: weights, thresholds, and what is being recorded. No vLLM in
+here.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ import torch
 
 from ...calibration import LayerHistogram, count_active, expert_activations
 from ...plan import Plan, plan_for
+from ...quality.scores import UpMoments, observe_up
 from ...reference import expand_thresholds
 from ...weights import ExpertWeights
 
@@ -37,7 +40,9 @@ class LayerState:
     exact: apply the thresholds at every batch size, where a GPU would otherwise compute large batches in full.
     plans: (largest number of tokens, plan), ascending; CUDA only.
     counters: int64 [4] per label (see count_active), filled while ``counting``. tp_size, tp_rank: how this layer's
-    neurons are sharded (1 and 0 under expert parallelism).
+    neurons are sharded (1 and 0 under expert parallelism). neuron_weights: c [E, I] of the score, None where it is 1:
+    recorders see |act(gate)| * c, and a tau given as a number is divided by it. moments: of the up projection, while
+    they are being recorded.
     """
 
     name: str
@@ -55,6 +60,8 @@ class LayerState:
     tp_rank: int = 0
     counting: bool = False
     recorder: LayerHistogram | None = None
+    neuron_weights: torch.Tensor | None = None
+    moments: UpMoments | None = None
     counters: dict[str, torch.Tensor] = field(default_factory=dict)
     plans: list[tuple[int, Plan]] = field(default_factory=list)
 
@@ -67,6 +74,8 @@ class LayerState:
             new = expand_thresholds(
                 tau.to(device), self.weights.num_experts, self.weights.intermediate_size, device
             ).contiguous()
+        elif self.neuron_weights is not None and float(tau) > 0:
+            new = float(tau) / self.neuron_weights
         elif device.type == "cuda":  # the kernels read [E, I]
             shape = (self.weights.num_experts, self.weights.intermediate_size)
             new = torch.full(shape, float(tau), dtype=torch.float32, device=device)
@@ -147,7 +156,18 @@ class LayerState:
         topk_ids: torch.Tensor,
         expert_map: torch.Tensor | None,
     ) -> None:
-        """Feeds the recorder and the counters; does nothing when neither is on. Synchronises the device."""
+        """Feeds moments, recorder and counters; does nothing when none is on. Synchronises the device."""
+        if self.moments is not None:
+            observe_up(
+                self.moments,
+                hidden_states,
+                self.weights,
+                topk_weights,
+                topk_ids,
+                activation=self.activation,
+                expert_map=expert_map,
+                apply_router_weight_on_input=self.router_weight_on_input,
+            )
         if self.recorder is None and not self.counting:
             return
         counts = self.counters.setdefault(self.label, torch.zeros(4, dtype=torch.int64, device=self.weights.device))
@@ -161,7 +181,8 @@ class LayerState:
             apply_router_weight_on_input=self.router_weight_on_input,
         ):
             if self.recorder is not None:
-                self.recorder.observe(magnitude, routing)
+                c = self.neuron_weights
+                self.recorder.observe(magnitude if c is None else magnitude * c[expert], routing)
             if self.counting:
                 tau = self.tau if self.tau.shape[0] == 1 else self.tau[expert]
                 counts += count_active(

@@ -10,12 +10,13 @@ import torch
 from ...calibration import LayerHistogram
 from . import compat
 from .method import STATE
+from .neurons import NeuronMethods, shard
 from .state import LayerState
 
 Setting = tuple[float | torch.Tensor, float, bool]  # tau, rho, router_weighted
 
 
-class SparsityWorker:
+class SparsityWorker(NeuronMethods):
     """Mixed into vLLM's worker: ``self.get_model()`` is the worker's model. Results must survive pickling."""
 
     def _sparsity_states(self) -> dict[str, tuple[Any, LayerState]]:
@@ -44,7 +45,7 @@ class SparsityWorker:
         for name, (layer, state) in self._sparsity_states().items():
             tau, rho, router_weighted = settings[name]
             if isinstance(tau, torch.Tensor) and tau.numel() > 1:
-                tau = _shard(tau, layer, state)
+                tau = shard(tau, layer, state)
             state.set(tau, rho, router_weighted, label, sparsity)
             if state.weights.device.type == "cuda":
                 state.choose_plans(layer.expert_map)
@@ -117,15 +118,3 @@ class SparsityWorker:
 
     def sparsity_release(self) -> None:
         self._sparsity_hidden.clear()
-
-
-def _shard(tau: torch.Tensor, layer: Any, state: LayerState) -> torch.Tensor:
-    """This rank's [E_local, I_local] of the whole model's [E or 1, I or 1]."""
-    if tau.shape[0] > 1 and layer.expert_map is not None:
-        slots = layer.expert_map.cpu().long()
-        owned = torch.nonzero(slots >= 0).squeeze(1)
-        tau = tau[owned[torch.argsort(slots[owned])]]
-    if tau.shape[1] > 1 and state.tp_size > 1:
-        local = state.weights.intermediate_size
-        tau = tau[:, state.tp_rank * local : (state.tp_rank + 1) * local]
-    return tau
