@@ -2,31 +2,41 @@
 
 Work and order
 --------------
-A *block* is up to 8 pairs (tokens) of one expert; an *item* is one block times one tile of ``tile_neurons`` neurons. Items
-are numbered block by block, and CTA c of a persistent grid (one CTA per SM) takes an equal, contiguous share of them:
-tiles of one block mostly stay on one CTA, which then adds to the output once per block instead of once per tile.
+A *block* is up to 8 pairs (tokens) of one expert; an *item* is one block times one tile of ``tile_neurons`` neurons.
+Items are numbered block by block, and CTA c of a persistent grid (one CTA per SM) takes an equal, contiguous share of
+them: tiles of one block mostly stay on one CTA, which then adds to the output once per block instead of once per tile.
 
-One CTA, four roles that run side by side and meet only at mbarriers:
+One CTA, four roles that run side by side and meet only at mbarriers. Each group of warps takes its own share of the
+registers (setmaxnreg):
 
-* gate producer (1 warp): one bulk copy per row; the tokens' x rows when the block changes, then the tile's gate rows, into
-  the gate ring (``gate_stages`` x 16 rows).
-* gate warps: x as B fragments in registers, K split over the warps, mma.m16n8k16 with 16 gate rows as M and 8 tokens as N;
+* gate producer (1 warp): one bulk copy per row; the tokens' x rows when the block changes, then the tile's gate rows,
+  into the gate ring (``gate_stages`` x ``stage_rows`` rows).
+* gate warps: x as B fragments in registers, K split over the warps, mma.m16n8k16 with gate rows as M and 8 tokens as N;
   partial sums meet in shared memory; a = act(g), |a| * r against tau; ballot and prefix sums compact the union of the
   tokens' active neurons into a list, which goes to a short queue with a * r of every (slot, token).
-* row producer (1 warp): one bulk copy per *active* row: up rows, then down rows, in chunks of 8, into the row ring.
+* row producer (1 warp): one bulk copy per *active* row: up rows, then down rows, in chunks, into the row ring.
 * up/down warps: hidden dimension split over the warps. u = x . up rows (as above), h = a * u * r in bf16, then
-  y[column, token] += down rows^T . h by ldmatrix.trans and mma.m16n8k8, kept in registers until the block ends and then
-  added to the fp32 sums by red.global.add.
+  y[column, token] += down rows^T . h by ldmatrix.trans and mma.m16n8k8, kept in registers until the block ends (or, for
+  a wide hidden dimension, added chunk by chunk) and then added to the fp32 sums by red.global.add.
 
 So gate rows of later tiles stream in while earlier tiles' active rows are fetched and used: memory never waits for the
 phases of one tile. Rows are padded by 16 bytes in shared memory, which makes every ldmatrix free of bank conflicts.
 
-Sum and cast: ``accum`` [T, H] fp32 is zero on entry. After adding to a token's row a CTA adds the number of its items to
-``counters[token]``; the one that completes the count (pairs of the token x tiles) casts the row to bf16, and leaves
+Sum and cast: ``accum`` [T, H] fp32 is zero on entry. After adding to a token's row a CTA adds the number of its items
+to ``counters[token]``; the one that completes the count (pairs of the token x tiles) casts the row to bf16, and leaves
 accum and counters zero for the next launch. No CTA ever waits for another one.
 
-Bytes from HBM: per block of m <= 8 tokens 2H (I + 2 |union of active neurons|), x and y besides. An expert with more than
-8 tokens has several blocks; their second reading of the gate rows comes from L2, since they are neighbours in the order.
+Bytes from HBM: per block of m <= 8 tokens 2H (I + 2 |union of active neurons|), x and y besides. An expert with more
+than 8 tokens has several blocks, each of which reads its gate rows again: from about 4 tokens an expert on, the staged
+kernels are the faster ones.
+
+Tried on an H200 (E=256, H=2048, I=512, 84.5 %), 2026-11-23, and slower or no gain:
+* a gate ring deeper than 32 rows and a row ring of 16: T=32 takes 147 us instead of 130. Gate copies then queue in
+  front of the row copies, whose latency is what the up/down warps wait for.
+* the blocks of one expert taking turns every 64 neurons, so that the second finds the rows in L2: T=128 takes 327 us
+  instead of 272, since the output is added four times as often.
+* the sums spread over 4 copies of accum: T=1 12.9 us instead of 13.0, T=8 48.0 instead of 45.9.
+* 8 gate warps (T=8: 65.6 us instead of 52.2), tiles of 64 or 128 neurons (a few per cent), chunks of 4 rows (3 %).
 """
 
 from __future__ import annotations
@@ -35,7 +45,7 @@ import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
 
-from ..configs import LIST_QUEUE, TOKEN_BLOCK, FusedConfig
+from ..configs import LIST_QUEUE, PRODUCER_REGISTERS, TOKEN_BLOCK, FusedConfig
 from .compaction import any_in_group, offset_of_warp
 from .primitives import (
     BF16,
@@ -45,27 +55,22 @@ from .primitives import (
     U32,
     SmemAllocator,
     activate_gate,
-    bulk_row_copy,
     load_matrices,
     mma_16x8x8,
-    mma_16x8x16,
     reduce_add,
     transform_up,
     vector,
 )
 from .routing import PairTable
+from .row_ring import RowRing
 
 GATE_BARRIER, ROW_BARRIER = 1, 2  # named barriers; 0 is the CTA's
-GROUP_NEURONS = 64  # neurons after which the blocks of one expert take turns
 SLOTS = 8  # K of the down MMA: active rows that one pass of it takes at most
 TOKENS = TOKEN_BLOCK  # the N of the MMAs
 
 
-class FusedDecode:
-    """Compile-time description of one instance; ``__call__`` launches it.
-
-    hidden_size: a multiple of 64. num_experts: local experts. Weights and activations bf16, sums fp32.
-    """
+class FusedDecode(RowRing):
+    """One compiled instance: bf16 weights and activations, fp32 sums; hidden_size a multiple of 64, local experts."""
 
     def __init__(
         self,
@@ -89,7 +94,7 @@ class FusedDecode:
         self.gate_warps, self.row_warps = config.gate_warps, config.updown_warps
         self.gate_stages, self.stage_rows = config.gate_stages, config.stage_rows
         self.row_stages, self.chunk = config.row_stages, config.chunk_rows
-        self.warps = self.gate_warps + self.row_warps + 2
+        self.warps = self.gate_warps + self.row_warps + 4
         self.threads = 32 * self.warps
         self.units = hidden_size // 32  # one ldmatrix.x4 of x covers 32 columns
         self.gate_units = -(-self.units // self.gate_warps)
@@ -98,8 +103,11 @@ class FusedDecode:
         self.ragged = shares != (self.units, self.units)  # some warp's share reaches past the hidden dimension
         self.pitch = hidden_size + 8  # elements of a padded row in shared memory
         self.keep_sums = bool(config.keep_sums)
-        self.replicas = config.replicas
-        self.group = max(1, GROUP_NEURONS // self.NT)  # tiles of a block before the expert's next block has its turn
+        registers = config.registers(hidden_size)
+        if registers is None:
+            raise ValueError(f"{config} does not fit the register file at hidden_size {hidden_size}")
+        self.gate_registers, self.row_registers = registers
+        self.start_registers = config.start_registers
 
     @cute.jit
     def __call__(
@@ -118,9 +126,9 @@ class FusedDecode:
         num_ctas: cutlass.Int32,
         stream: cuda.CUstream,
     ):
-        """hidden_states [T, H] bf16, w13 [E, 2I, H] bf16, w2_rows [E, I, H] bf16, thresholds [E, I] fp32, topk_ids [T, k]
-        int32, topk_weights [T, k] fp32, expert_map [E_global] int32 (unused without has_expert_map), accum
-        [>= replicas * T, H] fp32 and counters [>= T] int32, zero on entry and on exit, out [T, H] bf16."""
+        """hidden_states [T, H] bf16, w13 [E, 2I, H] bf16, w2_rows [E, I, H] bf16, thresholds [E, I] fp32, topk_ids
+        [T, k] int32, topk_weights [T, k] fp32, expert_map [E_global] int32 (unused without has_expert_map), accum
+        [>= T, H] fp32 and counters [>= T] int32, zero on entry and on exit, out [T, H] bf16."""
         self.kernel(
             hidden_states,
             w13,
@@ -203,26 +211,32 @@ class FusedDecode:
         tokens = cute.make_tensor(all_tokens.iterator + warp * TOKENS, cute.make_layout((TOKENS,)))
         weights = cute.make_tensor(all_weights.iterator + warp * TOKENS, cute.make_layout((TOKENS,)))
         block_of = (num_pairs, topk_weights, pair_expert, first_block, tokens, weights, lane)
+        gate, rows = (gate_ring, gate_full, gate_empty), (row_ring, row_full, row_empty)
+        queue = (lists, list_size, coefficients, list_full, list_empty)
         if warp < self.gate_warps:
-            self.gate_role(
-                first, last, block_of, thread, warp, gate_ring, gate_full, gate_empty, gate_sums, thresholds,
-                warp_counts, coefficients, lists, list_size, list_full, list_empty,
-            )  # fmt: skip
+            self.set_registers(self.gate_registers)
+            self.gate_role(first, last, block_of, thread, warp, gate, queue, gate_sums, thresholds, warp_counts)
         elif warp < self.gate_warps + self.row_warps:
+            thread -= 32 * self.gate_warps
+            self.set_registers(self.row_registers)
+            self.clear_unrouted(pair_expert, out, thread, cta, num_ctas)
+            totals = (accum, counters, out, complete)
             self.up_down_role(
-                first, last, block_of, thread - 32 * self.gate_warps, warp - self.gate_warps, row_ring, row_full,
-                row_empty, up_sums, products, coefficients, list_size, list_full, list_empty, accum, counters, out,
-                complete,
-                cta,
-                num_ctas,
-            )  # fmt: skip
-        elif warp == self.gate_warps + self.row_warps:
-            self.gate_producer(first, last, block_of, x, w13, gate_ring, gate_full, gate_empty)
+                first, last, block_of, thread, warp - self.gate_warps, rows, queue, up_sums, products, totals
+            )
         else:
-            self.row_producer(
-                first, last, block_of, x, w13, w2_rows, row_ring, row_full, row_empty, lists, list_size, list_full,
-                list_empty,
-            )  # fmt: skip
+            self.set_registers(PRODUCER_REGISTERS)
+            if warp == self.gate_warps + self.row_warps:
+                self.gate_producer(first, last, block_of, x, w13, gate)
+            if warp == self.gate_warps + self.row_warps + 1:
+                self.row_producer(first, last, block_of, x, w13, w2_rows, rows, queue)
+
+    def set_registers(self, count: int):
+        """Registers of this warpgroup's threads from here on (setmaxnreg)."""
+        if count > self.start_registers:
+            cute.arch.setmaxregister_increase(count)
+        elif count < self.start_registers:
+            cute.arch.setmaxregister_decrease(count)
 
     def matrix(self, smem, dtype, rows: int, columns: int):
         return smem.allocate_tensor(dtype, cute.make_layout((rows, columns), stride=(columns, 1)), 128)
@@ -237,26 +251,12 @@ class FusedDecode:
 
     @cute.jit
     def locate(self, item, expert, block_of):
-        """(block, tile, expert) of an item; ``expert``: where to look first.
-
-        The items of an expert with one block are its tiles. Several blocks of one expert take turns every ``group``
-        tiles, so that the later ones find the gate rows in L2.
-        """
+        """(block, tile, expert) of an item; ``expert``: where to look first."""
         first_block, lane = block_of[3], block_of[6]
         block = I32(U32(item) // self.tiles)
-        first, last = first_block[expert], first_block[expert + 1]
-        if block < first or block >= last:
+        if block < first_block[expert] or block >= first_block[expert + 1]:
             expert = self.table.expert_of_block(block, first_block, lane)
-            first, last = first_block[expert], first_block[expert + 1]
         tile = item - block * self.tiles
-        if last - first > 1:
-            inside = item - first * self.tiles
-            tile0 = I32(U32(inside) // U32((last - first) * self.group)) * self.group
-            width = cutlass.min(I32(self.group), self.tiles - tile0)
-            rest = inside - tile0 * (last - first)
-            turn = I32(U32(rest) // U32(width))
-            block = first + turn
-            tile = tile0 + rest - turn * width
         return block, tile, expert
 
     @cute.jit
@@ -271,18 +271,8 @@ class FusedDecode:
     # ---- producers ---------------------------------------------------------------------------------------------------
 
     @cute.jit
-    def copy_rows(self, source, row, rows, ring, stage, stage_rows: cutlass.Constexpr, full, empty, phase, lane):
-        """Waits until a stage is free, then copies ``rows`` rows into it; lane i copies the row at element offset ``row``."""
-        cute.arch.mbarrier_wait(empty + stage, phase ^ 1)
-        if lane == 0:
-            cute.arch.mbarrier_arrive_and_expect_tx(full + stage, rows * (2 * self.H))
-        cute.arch.sync_warp()
-        if lane < rows:
-            target = vector(ring.iterator, (stage * stage_rows + lane) * self.pitch, self.H)
-            cute.copy(bulk_row_copy(self.H), vector(source, row, self.H), target, mbar_ptr=full + stage)
-
-    @cute.jit
-    def gate_producer(self, first, last, block_of, x, w13, ring, full, empty):
+    def gate_producer(self, first, last, block_of, x, w13, gate):
+        ring, full, empty = gate
         tokens, lane = block_of[4], block_of[6]
         stage, phase = I32(0), I32(0)
         current, expert, count = I32(-1), I32(0), I32(0)
@@ -303,15 +293,15 @@ class FusedDecode:
                 neuron += self.stage_rows
 
     @cute.jit
-    def row_producer(
-        self, first, last, block_of, x, w13, w2_rows, ring, full, empty, lists, list_size, list_full, list_empty
-    ):
+    def row_producer(self, first, last, block_of, x, w13, w2_rows, rows_ring, queue):
+        ring, full, empty = rows_ring
+        lists, list_size, _, list_full, list_empty = queue
         tokens, lane = block_of[4], block_of[6]
         stage, phase = I32(0), I32(0)
         slot, slot_phase = I32(0), I32(0)
         current, expert, count = I32(-1), I32(0), I32(0)
         for item in cutlass.range(first, last, unroll=1):
-            block, tile, expert = self.locate(item, expert, block_of)
+            block, _, expert = self.locate(item, expert, block_of)
             if block != current:
                 current = block
                 count = self.enter_block(block, expert, block_of, False)
@@ -337,68 +327,18 @@ class FusedDecode:
             slot, slot_phase = self.advance(slot, slot_phase, LIST_QUEUE)
 
     @cute.jit
-    def advance(self, stage, phase, stages: cutlass.Constexpr):
-        following = stage + 1
-        wrapped = following == stages
-        return (I32(0) if wrapped else following), (phase ^ 1 if wrapped else phase)
-
-    @cute.jit
     def stages_of_tile(self, neuron):
         """Gate stages of the tile that starts at ``neuron``; the last tile may be short."""
         rows = cutlass.min(I32(self.NT), self.I - neuron)
         return (rows + (self.stage_rows - 1)) // self.stage_rows
 
-    # ---- fragments ---------------------------------------------------------------------------------------------------
-
-    @cute.jit
-    def load_x(self, ring, row, count, warp, lane, units: cutlass.Constexpr, weights, fragments):
-        """x rows -> B fragments [8, units]: 32 columns a unit, token lane // 4.
-
-        ``row``: where this lane finds token lane % 8 in the ring, or the last token's row past ``count``.
-        """
-        load = load_matrices(False)
-        for u in cutlass.range_constexpr(units):
-            unit = warp * units + u
-            column = cutlass.min(unit, I32(self.units - 1)) * 32 + (lane >> 3) * 8
-            cute.copy(load, vector(ring.iterator, row * self.pitch + column), fragments[None, u])
-            if cutlass.const_expr(self.ragged):
-                if unit >= self.units:
-                    for i in cutlass.range_constexpr(8):
-                        fragments[i, u] = BF16(0.0)
-        if cutlass.const_expr(self.weight_on_input):
-            weight = weights[cutlass.min(lane // 4, count - 1)]
-            for u in cutlass.range_constexpr(units):
-                for i in cutlass.range_constexpr(8):
-                    fragments[i, u] = BF16(F32(fragments[i, u]) * weight)
-
-    @cute.jit
-    def rows_times_x(self, ring, stage_row, row_of_lane, warp, lane, units: cutlass.Constexpr, x, sums):
-        """sums [4, 1, 2] += rows . x for the warp's share of the hidden dimension; two chains of MMAs.
-
-        ``row_of_lane`` is the row of the stage whose address this lane gives to ldmatrix.
-        """
-        load, mma = load_matrices(False), mma_16x8x16()
-        address = (stage_row + row_of_lane) * self.pitch + (lane >> 4) * 8
-        for u in cutlass.range_constexpr(units):
-            unit = warp * units + u
-            if cutlass.const_expr(self.ragged):
-                unit = cutlass.min(unit, I32(self.units - 1))
-            for half in cutlass.range_constexpr(2):
-                rows = cute.make_rmem_tensor((8,), BF16)
-                cute.copy(load, vector(ring.iterator, address + unit * 32 + half * 16), rows)
-                a = cute.make_tensor(rows.iterator, cute.make_layout(((2, 2, 2), 1), stride=((1, 2, 4), 0)))
-                b = cute.make_tensor(x[None, u].iterator + 4 * half, cute.make_layout((4, 1), stride=(1, 0)))
-                c = cute.make_tensor(sums.iterator + 4 * half, cute.make_layout((4, 1, 1), stride=(1, 0, 0)))
-                cute.gemm(mma, c, a, b, c)
-
     # ---- gate warps --------------------------------------------------------------------------------------------------
 
     @cute.jit
-    def gate_role(
-        self, first, last, block_of, thread, warp, ring, full, empty, partial, thresholds, warp_counts, coefficients,
-        lists, list_size, list_full, list_empty,
-    ):  # fmt: skip
-        tokens, weights, lane = block_of[4], block_of[5], block_of[6]
+    def gate_role(self, first, last, block_of, thread, warp, gate_ring, queue, partial, thresholds, warp_counts):
+        ring, full, empty = gate_ring
+        lists, list_size, coefficients, list_full, list_empty = queue
+        weights, lane = block_of[5], block_of[6]
         threads = 32 * self.gate_warps
         per_warp = self.NT // self.gate_warps  # neurons whose sums one warp finishes
         rounds = per_warp // 4
@@ -485,34 +425,27 @@ class FusedDecode:
             self.release(list_full + slot, lane)
             slot, slot_phase = self.advance(slot, slot_phase, LIST_QUEUE)
 
-    @cute.jit
-    def release(self, barrier, lane):
-        """One arrival for the whole warp, after all of its lanes are done."""
-        cute.arch.sync_warp()
-        if lane == 0:
-            cute.arch.mbarrier_arrive(barrier)
-
     # ---- up and down warps -------------------------------------------------------------------------------------------
 
     @cute.jit
-    def up_down_role(
-        self, first, last, block_of, thread, warp, ring, full, empty, up_sums, products, coefficients, list_size,
-        list_full, list_empty, accum, counters, out, complete, cta, num_ctas,
-    ):  # fmt: skip
+    def up_down_role(self, first, last, block_of, thread, warp, rows_ring, queue, up_sums, products, totals):
+        ring, full, empty = rows_ring
+        _, list_size, coefficients, list_full, list_empty = queue
+        accum = totals[0]
         tokens, weights, lane = block_of[4], block_of[5], block_of[6]
-        self.clear_unrouted(block_of[2], out, thread, cta, num_ctas)
         stage, phase = I32(0), I32(0)
         slot, slot_phase = I32(0), I32(0)
         current, expert, count, tiles_done = I32(-1), I32(0), I32(0), I32(0)
         x = cute.make_rmem_tensor((8, self.row_units), BF16)
-        sums = cute.make_rmem_tensor((4, 2, self.row_units), F32)
+        sums = cute.make_rmem_tensor((4, 2, self.row_units if self.keep_sums else 1), F32)
         sums.fill(0.0)
         for item in cutlass.range(first, last, unroll=1):
-            block, tile, expert = self.locate(item, expert, block_of)
+            block, _, expert = self.locate(item, expert, block_of)
             if block != current:
                 if tiles_done > 0:
-                    self.add_to_output(sums, tokens, count, cta, warp, lane, accum, out)
-                    self.finish_tokens(tokens, count, tiles_done, block_of[2], thread, accum, counters, out, complete)
+                    if cutlass.const_expr(self.keep_sums):
+                        self.add_to_output(sums, 0, self.row_units, tokens, count, warp, lane, accum)
+                    self.finish_tokens(tokens, count, tiles_done, block_of[2], thread, totals)
                     tiles_done = I32(0)
                 current = block
                 count = self.enter_block(block, expert, block_of, self.weight_on_input)
@@ -527,21 +460,20 @@ class FusedDecode:
                 stage, phase = self.advance(stage, phase, self.row_stages)
                 self.multiply(slot * self.NT + start, rows, thread, up_sums, coefficients, products)
                 cute.arch.mbarrier_wait(full + stage, phase)
-                self.down_chunk(ring, stage * self.chunk, rows, warp, lane, products, sums)
+                self.down_chunk(ring, stage * self.chunk, rows, warp, lane, products, sums, tokens, count, accum)
                 self.release(empty + stage, lane)
                 stage, phase = self.advance(stage, phase, self.row_stages)
-                if cutlass.const_expr(not self.keep_sums):
-                    self.add_to_output(sums, tokens, count, cta, warp, lane, accum, out)
             self.release(list_empty + slot, lane)
             slot, slot_phase = self.advance(slot, slot_phase, LIST_QUEUE)
             tiles_done += 1
         if tiles_done > 0:
-            self.add_to_output(sums, tokens, count, cta, warp, lane, accum, out)
-            self.finish_tokens(tokens, count, tiles_done, block_of[2], thread, accum, counters, out, complete)
+            if cutlass.const_expr(self.keep_sums):
+                self.add_to_output(sums, 0, self.row_units, tokens, count, warp, lane, accum)
+            self.finish_tokens(tokens, count, tiles_done, block_of[2], thread, totals)
 
     @cute.jit
     def receive_x(self, ring, full, empty, stage, phase, count, warp, lane, weights, x):
-        """x fragments from as many stages of the row ring as ``count`` tokens take; returns the next stage and phase."""
+        """x fragments from as many stages of the row ring as the tokens take; returns the next stage and phase."""
         token = cutlass.min(lane & 7, count - 1)
         row = stage * self.chunk + token
         cute.arch.mbarrier_wait(full + stage, phase)
@@ -590,8 +522,11 @@ class FusedDecode:
         cute.arch.barrier(barrier_id=ROW_BARRIER, number_of_threads=threads)
 
     @cute.jit
-    def down_chunk(self, ring, stage_row, rows, warp, lane, products, sums):
-        """sums [4, 2, units] += down rows^T . h for the warp's columns; h of slots past ``rows`` is zero."""
+    def down_chunk(self, ring, stage_row, rows, warp, lane, products, sums, tokens, count, accum):
+        """sums [4, 2, units] += down rows^T . h for the warp's columns; h of slots past ``rows`` is zero.
+
+        Without keep_sums, sums has room for one unit, which is added to accum at once.
+        """
         load, mma = load_matrices(True), mma_16x8x8()
         h = cute.make_rmem_tensor((2,), BF16)
         for c in cutlass.range_constexpr(2):
@@ -604,24 +539,25 @@ class FusedDecode:
                 unit = cutlass.min(unit, I32(self.units - 1))
             columns = cute.make_rmem_tensor((8,), BF16)
             cute.copy(load, vector(ring.iterator, address + unit * 32), columns)
+            place = u if cutlass.const_expr(self.keep_sums) else 0
             for half in cutlass.range_constexpr(2):
                 a = cute.make_tensor(columns.iterator + 4 * half, cute.make_layout(((2, 2), 1), stride=((1, 2), 0)))
-                c = cute.make_tensor(sums[None, half, u].iterator, cute.make_layout((4, 1, 1), stride=(1, 0, 0)))
+                c = cute.make_tensor(sums[None, half, place].iterator, cute.make_layout((4, 1, 1), stride=(1, 0, 0)))
                 cute.gemm(mma, c, a, b, c)
+            if cutlass.const_expr(not self.keep_sums):
+                self.add_to_output(sums, u, 1, tokens, count, warp, lane, accum)
 
     @cute.jit
-    def add_to_output(self, sums, tokens, count, cta, warp, lane, accum, out):
-        """Adds the block's sums to accum and clears them. Lane: tokens 2(lane % 4) + c, columns lane // 4 + 8 h.
-
-        CTAs spread over the replicas of accum: additions to one address wait for each other in L2.
-        """
-        base = accum.iterator + I64(cta % self.replicas * cute.size(out, mode=[0])) * self.H
+    def add_to_output(
+        self, sums, first_unit: cutlass.Constexpr, units: cutlass.Constexpr, tokens, count, warp, lane, accum
+    ):
+        """Adds units of sums to accum and clears them. Lane: tokens 2(lane % 4) + c, columns lane // 4 + 8h."""
         for c in cutlass.range_constexpr(2):
             slot = (lane % 4) * 2 + c
             if slot < count:
-                row = base + I64(tokens[slot]) * self.H
-                for u in cutlass.range_constexpr(self.row_units):
-                    unit = warp * self.row_units + u
+                row = accum.iterator + I64(tokens[slot]) * self.H
+                for u in cutlass.range_constexpr(units):
+                    unit = warp * self.row_units + first_unit + u
                     if unit < self.units:
                         for half in cutlass.range_constexpr(2):
                             for h in cutlass.range_constexpr(2):
@@ -630,8 +566,9 @@ class FusedDecode:
         sums.fill(0.0)
 
     @cute.jit
-    def finish_tokens(self, tokens, count, tiles_done, pair_expert, thread, accum, counters, out, complete):
+    def finish_tokens(self, tokens, count, tiles_done, pair_expert, thread, totals):
         """Counts the block's items for each of its tokens; whoever completes a token casts its row and clears it."""
+        accum, counters, out, complete = totals
         threads = 32 * self.row_warps
         cute.arch.barrier(barrier_id=ROW_BARRIER, number_of_threads=threads)
         if thread < count:
@@ -645,21 +582,16 @@ class FusedDecode:
         for slot in cutlass.range(count, unroll=1):
             if complete[slot] != 0:
                 token = tokens[slot]
+                source = accum.iterator + I64(token) * self.H
                 target = out.iterator + I64(token) * self.H
                 for group in cutlass.range(thread, self.H // 4, threads, unroll=1):
-                    values = cute.make_rmem_tensor((4, self.replicas), F32)
-                    zeros = cute.make_rmem_tensor((4,), F32)
-                    zeros.fill(0.0)
-                    for i in cutlass.range_constexpr(self.replicas):
-                        source = accum.iterator + (I64(token) + i * cute.size(out, mode=[0])) * self.H
-                        cute.autovec_copy(vector(source, group * 4, 4, 4), values[None, i])
-                        cute.autovec_copy(zeros, vector(source, group * 4, 4, 4))
+                    values = cute.make_rmem_tensor((4,), F32)
+                    cute.autovec_copy(vector(source, group * 4, 4, 4), values)
                     cast = cute.make_rmem_tensor((4,), BF16)
                     for c in cutlass.range_constexpr(4):
-                        total = values[c, 0]
-                        for i in cutlass.range_constexpr(1, self.replicas):
-                            total += values[c, i]
-                        cast[c] = BF16(total)
+                        cast[c] = BF16(values[c])
+                        values[c] = F32(0.0)
+                    cute.autovec_copy(values, vector(source, group * 4, 4, 4))
                     cute.autovec_copy(cast, vector(target, group * 4, 4, 4))
                 if thread == 0:
                     counters[token] = 0

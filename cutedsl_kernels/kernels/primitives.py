@@ -1,6 +1,7 @@
 """Building blocks shared by the kernels: 16-byte vectors, fragments of mma.sync, bulk row copies, activations.
 
-All functions run on the device. Fragment layouts: PTX ISA, "Matrix Fragments for mma.m16n8k8 / m16n8k16" and "ldmatrix".
+All functions run on the device. Fragment layouts: PTX ISA, "Matrix Fragments for
+mma.m16n8k8 / m16n8k16" and "ldmatrix".
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Routing inside a kernel: from topk_ids to blocks of up to ``token_block`` pairs of one expert, without an alignment kernel.
+"""Routing inside a kernel: from topk_ids to blocks of up to ``token_block`` pairs of one expert.
 
 Every CTA reads all T*k pairs (T*k <= max_pairs), drops the ones that no one computes here (remote or out-of-range
 expert, routing weight below the pair threshold), counts the rest by expert in shared memory, and numbers the token
@@ -11,7 +11,7 @@ from __future__ import annotations
 import cutlass
 import cutlass.cute as cute
 
-from .primitives import F32, I32, U32
+from .primitives import I32, U32
 
 
 class PairTable:
@@ -73,7 +73,7 @@ class PairTable:
 
     @cute.jit
     def number_blocks(self, first_block: cute.Tensor, lane: cutlass.Int32):
-        """One warp turns pair counts by expert into block numbers: an exclusive prefix sum over ceil(count / token_block)."""
+        """One warp turns pair counts by expert into block numbers: an exclusive prefix sum of ceil(count / block)."""
         chunk = (self.num_experts + 31) // 32
         mine = I32(0)
         for i in cutlass.range_constexpr(chunk):

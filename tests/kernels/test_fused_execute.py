@@ -19,7 +19,7 @@ from cutedsl_kernels.kernels.fused_decode import FusedDecode  # noqa: E402
 pytestmark = pytest.mark.execute
 
 WIDE = FusedConfig(tile_neurons=32, stage_rows=16, gate_stages=2, chunk_rows=8, row_stages=3)
-NARROW = FusedConfig(tile_neurons=16, stage_rows=8, gate_stages=2, chunk_rows=4, row_stages=4, keep_sums=0, replicas=4)
+NARROW = FusedConfig(tile_neurons=16, stage_rows=8, gate_stages=2, chunk_rows=4, row_stages=4, keep_sums=0)
 
 
 @functools.cache
@@ -75,7 +75,7 @@ def execute(run_ptx, problem: Problem, config: FusedConfig, num_ctas: int) -> to
         problem.expert_map is not None,
     )
     out = torch.full_like(problem.hidden_states, float("nan"))
-    accum = torch.zeros(config.replicas * tokens, weights.hidden_size)
+    accum = torch.zeros(tokens, weights.hidden_size)
     counters = torch.zeros(tokens, dtype=torch.int32)
     expert_map = problem.expert_map if problem.expert_map is not None else torch.zeros(1, dtype=torch.int32)
     run_ptx(

@@ -1,0 +1,88 @@
+"""RowRing: rows that bulk copies bring into a ring of stages in shared memory, and the MMA fragments made of them."""
+
+from __future__ import annotations
+
+import cutlass
+import cutlass.cute as cute
+
+from .primitives import BF16, F32, I32, bulk_row_copy, load_matrices, mma_16x8x16, vector
+
+
+class RowRing:
+    """Base of kernels whose warps share the hidden dimension of rows in a ring.
+
+    H: elements of a row; pitch: elements from one row to the next in shared memory, 8 more than H; units: H / 32, the
+    columns that one ldmatrix.x4 of x covers being a unit; ragged: whether some warp's share of units ends past H;
+    weight_on_input: whether x is multiplied by the routing weight. A stage has an mbarrier that its bytes complete
+    (full) and one on which its readers arrive (empty).
+    """
+
+    H: int
+    pitch: int
+    units: int
+    ragged: bool
+    weight_on_input: bool
+
+    @cute.jit
+    def copy_rows(self, source, row, rows, ring, stage, stage_rows: cutlass.Constexpr, full, empty, phase, lane):
+        """Waits until a stage is free, then copies ``rows`` rows into it; lane i has the element offset of the i-th."""
+        cute.arch.mbarrier_wait(empty + stage, phase ^ 1)
+        if lane == 0:
+            cute.arch.mbarrier_arrive_and_expect_tx(full + stage, rows * (2 * self.H))
+        cute.arch.sync_warp()
+        if lane < rows:
+            target = vector(ring.iterator, (stage * stage_rows + lane) * self.pitch, self.H)
+            cute.copy(bulk_row_copy(self.H), vector(source, row, self.H), target, mbar_ptr=full + stage)
+
+    @cute.jit
+    def advance(self, stage, phase, stages: cutlass.Constexpr):
+        following = stage + 1
+        wrapped = following == stages
+        return (I32(0) if wrapped else following), (phase ^ 1 if wrapped else phase)
+
+    @cute.jit
+    def release(self, barrier, lane):
+        """One arrival for the whole warp, after all of its lanes are done."""
+        cute.arch.sync_warp()
+        if lane == 0:
+            cute.arch.mbarrier_arrive(barrier)
+
+    @cute.jit
+    def load_x(self, ring, row, count, warp, lane, units: cutlass.Constexpr, weights, fragments):
+        """x rows -> B fragments [8, units]: 32 columns a unit, token lane // 4.
+
+        ``row``: where this lane finds token lane % 8 in the ring, or the last token's row past ``count``.
+        """
+        load = load_matrices(False)
+        for u in cutlass.range_constexpr(units):
+            unit = warp * units + u
+            column = cutlass.min(unit, I32(self.units - 1)) * 32 + (lane >> 3) * 8
+            cute.copy(load, vector(ring.iterator, row * self.pitch + column), fragments[None, u])
+            if unit >= self.units:
+                for i in cutlass.range_constexpr(8):
+                    fragments[i, u] = BF16(0.0)
+        if cutlass.const_expr(self.weight_on_input):
+            weight = weights[cutlass.min(lane // 4, count - 1)]
+            for u in cutlass.range_constexpr(units):
+                for i in cutlass.range_constexpr(8):
+                    fragments[i, u] = BF16(F32(fragments[i, u]) * weight)
+
+    @cute.jit
+    def rows_times_x(self, ring, stage_row, row_of_lane, warp, lane, units: cutlass.Constexpr, x, sums):
+        """sums [4, 1, 2] += rows . x for the warp's share of the hidden dimension; two chains of MMAs.
+
+        ``row_of_lane`` is the row of the stage whose address this lane gives to ldmatrix.
+        """
+        load, mma = load_matrices(False), mma_16x8x16()
+        address = (stage_row + row_of_lane) * self.pitch + (lane >> 4) * 8
+        for u in cutlass.range_constexpr(units):
+            unit = warp * units + u
+            if cutlass.const_expr(self.ragged):
+                unit = cutlass.min(unit, I32(self.units - 1))
+            for half in cutlass.range_constexpr(2):
+                rows = cute.make_rmem_tensor((8,), BF16)
+                cute.copy(load, vector(ring.iterator, address + unit * 32 + half * 16), rows)
+                a = cute.make_tensor(rows.iterator, cute.make_layout(((2, 2, 2), 1), stride=((1, 2, 4), 0)))
+                b = cute.make_tensor(x[None, u].iterator + 4 * half, cute.make_layout((4, 1), stride=(1, 0)))
+                c = cute.make_tensor(sums.iterator + 4 * half, cute.make_layout((4, 1, 1), stride=(1, 0, 0)))
+                cute.gemm(mma, c, a, b, c)
