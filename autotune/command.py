@@ -91,6 +91,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     option("--dry-run", action="store_true", help="print the search space and the cost model's ranking; no GPU needed")
     option("--compile-only", action="store_true", help="compile all that would be timed into the cache; no GPU needed")
     option("--simulate", type=int, metavar="SEED", help="times from the cost model with noise; the table is marked so")
+    option("--simulate-delay", type=float, default=0.0, help="seconds a simulated measurement takes (default 0)")
     option("--json", action="store_true", help="print the result as JSON")
     return parser
 
@@ -109,6 +110,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m autotune") ->
 
 
 def _run(options: argparse.Namespace) -> int:
+    for name in ("budget", "candidates"):
+        if getattr(options, name) <= 0:
+            raise UserError(f"--{name} must be positive, got {getattr(options, name):g}")
     layer, shares = layer_of(options)
     bins = ordered_bins(
         options.tokens or default_tokens(), [(s, p) for s in shares for p in options.pair_skip if p <= s]
@@ -200,7 +204,7 @@ def _from_config(path: Path) -> tuple[MoEShape, str]:
 
 def make_timer(options: argparse.Namespace, layer: TunedLayer) -> Timer:
     if options.simulate is not None:
-        return SimulatedTimer(layer, options.simulate)
+        return SimulatedTimer(layer, options.simulate, delay_s=options.simulate_delay)
     import torch
 
     if options.device != "cpu" and not torch.cuda.is_available():

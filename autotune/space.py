@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -69,13 +70,14 @@ def ordered_bins(tokens: Iterable[int], cases: Iterable[tuple[float, float]]) ->
     return sorted(made, key=lambda b: (not b.is_power_of_two, b.sparsity, b.pair_skip, b.num_tokens))
 
 
-def ranked(layer: TunedLayer, where: Bin, gpu: Gpu) -> list[tuple[float, Plan]]:
+@functools.lru_cache(maxsize=1024)
+def ranked(layer: TunedLayer, where: Bin, gpu: Gpu) -> tuple[tuple[float, Plan], ...]:
     """Every legal plan with its modelled microseconds, fastest first."""
     plans = [
         (estimate_us(plan, layer.shape, where.num_tokens, where.sparsity, gpu, where.pair_skip), plan)
         for plan in legal_plans(layer.shape, where.num_tokens, layer.activation)
     ]
-    return sorted(plans, key=lambda pair: (pair[0], simplicity(pair[1])))
+    return tuple(sorted(plans, key=lambda pair: (pair[0], simplicity(pair[1]))))
 
 
 def candidates(layer: TunedLayer, where: Bin, gpu: Gpu, count: int) -> list[Plan]:
