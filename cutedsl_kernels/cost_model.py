@@ -63,7 +63,8 @@ def layer_flops(shape: MoEShape, num_tokens: int, inactive: float) -> float:
 DENSE_FIXED_US = 12.0  # two products, activation, alignment: from the H200 figures at T = 1
 DENSE_COPY_SHARE = 0.97
 FUSED_FIXED_US = 6.5  # launch, routing scan, first and last latencies. Measured on an H200, 2026-11-23 (E=256, H=2048,
-FUSED_COPY_SHARE = 0.95  # I=512, 84.5 %): 13.0 us at T=1, 46 at 8, 130 at 32, 195 at 64
+FUSED_COPY_SHARE = 1.08  # I=512, 84.5 %): 13.0 us at T=1, 46 at 8, 130 at 32, 195 at 64; 136 and 147 at T=32 with
+FUSED_MOST = 0.95  # 24 and 16 rows in the row ring instead of 32. Share of the copy with rings of any size, and at most
 STAGED_FIXED_US = 15.0  # five dependent launches. Same shape: 198 us at T=64, 343 at 256, 431 at 512
 STAGED_COPY_SHARE = 0.95
 STAGED_TFLOPS_SHARE = 0.5  # of dense_tflops: gathered rows, short N. Assumed
@@ -108,14 +109,14 @@ def _fused_us(
     # One token's experts are distinct, so the items are known; else their number varies, and half a wave is lost.
     busy = -(-items // gpu.num_sms) if num_tokens == 1 else max(1.0, waves + 0.5)
     balance = min(1.0, waves / busy) if waves > 0 else 1.0
-    rows = config.stage_rows * (config.gate_stages - 0.5) + config.chunk_rows * (config.row_stages - 0.5)
-    in_flight = rows * 2 * shape.hidden_size / IN_FLIGHT_BYTES
-    covered = in_flight / (in_flight + 0.1)  # of the DRAM latency
+    row = 2 * shape.hidden_size / IN_FLIGHT_BYTES
+    gate_ring, row_ring = row * config.stage_rows * config.gate_stages, row * config.chunk_rows * config.row_stages
+    covered = gate_ring / (gate_ring + 0.03) * row_ring / (row_ring + 0.35)  # of the latencies; fitted, see above
     moved = layer_bytes(shape, num_tokens, sparsity, pair_skip)
     blocks = blocks_per_expert(num_tokens * share, TOKEN_BLOCK)  # every further block of tokens reads the rows again
     seconds_us = (moved.gate + moved.up_down) * blocks + moved.tokens
     per_item_us = 0.05  # barriers and list: what a work item costs beside its bytes
-    transfer = seconds_us / (gpu.copy_gbps * 1e3 * FUSED_COPY_SHARE * balance * covered)
+    transfer = seconds_us / (gpu.copy_gbps * 1e3 * min(FUSED_MOST, FUSED_COPY_SHARE * covered) * balance)
     return FUSED_FIXED_US + transfer + per_item_us * max(1.0, waves)
 
 

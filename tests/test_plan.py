@@ -85,8 +85,8 @@ def test_legality_follows_shape_tokens_and_activation() -> None:
     assert "exceed max_pairs 256" in str(illegal_reason(plan, SHAPE, 33))
     assert "hidden_size 2000" in str(illegal_reason(plan, replace(SHAPE, hidden_size=2000)))
     assert "activation relu" in str(illegal_reason(plan, SHAPE, 1, "relu"))
-    assert "shared memory" in str(illegal_reason(fused(keep_sums=0), replace(SHAPE, hidden_size=8192)))
-    assert "keep_sums needs" in str(illegal_reason(plan, replace(SHAPE, hidden_size=8192)))
+    assert "shared memory" in str(illegal_reason(fused(keep_sums=0), replace(SHAPE, hidden_size=4096)))
+    assert "exceeds the registers" in str(illegal_reason(plan, replace(SHAPE, hidden_size=8192)))
     assert illegal_reason(Plan("dense"), replace(SHAPE, hidden_size=63), 10**6, "relu") is None
 
 
