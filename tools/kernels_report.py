@@ -20,7 +20,7 @@ from cutedsl_kernels.configs import SMEM_LIMIT
 
 COLUMNS = {
     "bulk": ("UBLKCP",),
-    "LDGSTS.128": ("LDGSTS.E.BYPASS.128", "LDGSTS.E.128"),
+    "LDGSTS.128": ("LDGSTS.E.BYPASS.128", "LDGSTS.E.BYPASS.LTC128B.128"),
     "LDG.128": ("LDG.E.128",),
     "LDSM": ("LDSM",),
     "HMMA": ("HMMA",),

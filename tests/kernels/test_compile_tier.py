@@ -23,9 +23,9 @@ EVERY = os.environ.get("CUTEDSL_KERNELS_COMPILE_ALL") == "1"
 # kernel -> instructions that carry its weights and its products; those without weights are not in it
 MEANT = {
     "fused_decode": (("UBLKCP",), ("HMMA",), ("LDSM",)),
-    "staged_moe.GateCompact": (("LDGSTS.E.BYPASS.128", "LDGSTS.E.128"), ("HGMMA", "HMMA")),
-    "staged_moe.SparseUp": (("LDGSTS.E.BYPASS.128", "LDGSTS.E.128"), ("HGMMA", "HMMA")),
-    "staged_moe.SparseDown": (("LDGSTS.E.BYPASS.128", "LDGSTS.E.128"), ("HGMMA", "HMMA")),
+    "staged_moe.GateCompact": (("LDGSTS.E.BYPASS.128", "LDGSTS.E.BYPASS.LTC128B.128"), ("HGMMA", "HMMA")),
+    "staged_moe.SparseUp": (("LDGSTS.E.BYPASS.128", "LDGSTS.E.BYPASS.LTC128B.128"), ("HGMMA", "HMMA")),
+    "staged_moe.SparseDown": (("LDGSTS.E.BYPASS.128", "LDGSTS.E.BYPASS.LTC128B.128"), ("HGMMA", "HMMA")),
 }
 
 

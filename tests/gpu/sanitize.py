@@ -1,0 +1,39 @@
+"""Small layers for compute-sanitizer: only our kernels do work on the GPU, everything else happens on the CPU.
+
+compute-sanitizer --tool memcheck python tests/gpu/sanitize.py
+"""
+
+from __future__ import annotations
+
+import torch
+from helpers import check_close, random_problem
+
+from cutedsl_kernels import Plan
+from cutedsl_kernels.configs import FusedConfig, StagedConfig
+from cutedsl_kernels.launch import sparse_moe_cuda
+
+
+def main() -> None:
+    checked = 0
+    for plan in (Plan("fused", FusedConfig()), Plan("staged", StagedConfig())):
+        for num_tokens, intermediate_size in ((1, 64), (13, 72)):
+            case = random_problem(
+                num_tokens,
+                num_tokens=num_tokens,
+                num_experts=4,
+                top_k=2,
+                hidden_size=128,
+                intermediate_size=intermediate_size,
+                sparsity=0.6,
+                skip_pairs=0.2,
+                invalid_ids=True,
+            )
+            result = sparse_moe_cuda(**case.to("cuda").arguments, plan=plan)
+            torch.cuda.synchronize()
+            check_close(result.cpu(), case)
+            checked += 1
+    print(f"{checked} layers checked")
+
+
+if __name__ == "__main__":
+    main()
