@@ -98,7 +98,7 @@ def test_larger_batches(kind: str, num_tokens: int, seed: int) -> None:
 
 
 def full_problem(name: str, num_tokens: int, seed: int, sparsity: float) -> Problem:
-    """A layer of a known model with random weights made on the GPU; thresholds at the quantile of a sample of scores."""
+    """A layer of a known model, random weights made on the GPU, one threshold at the quantile of a sample of scores."""
     model = KNOWN_MODELS[name]
     shape = model.shape
     experts, inter, hidden = shape.num_experts, shape.intermediate_size, shape.hidden_size
@@ -116,8 +116,8 @@ def full_problem(name: str, num_tokens: int, seed: int, sparsity: float) -> Prob
     gate = torch.nn.functional.silu(torch.randn(1 << 20, device="cuda")).abs()
     r = routing.flatten()[torch.randint(routing.numel(), gate.shape, device="cuda")]
     tau = float((gate * r).sort().values[int(sparsity * (gate.numel() - 1))]) if sparsity else 0.0
-    activation = model.activation if model.activation == "silu" else "swigluoai"
-    return Problem(x, weights, routing, ids, torch.full((experts, inter), tau, device="cuda"), activation=activation)
+    thresholds = torch.full((experts, inter), tau, device="cuda")
+    return Problem(x, weights, routing, ids, thresholds, activation=model.activation)
 
 
 @pytest.mark.parametrize("name", KNOWN_MODELS)
