@@ -1,4 +1,5 @@
-"""CTA barriers: bar / barrier with sync, arrive and red, named or not (PTX ISA 9.7.13.1)."""
+"""Barriers of CTAs and clusters: bar / barrier with sync, arrive and red, named or not (PTX ISA 9.7.13.1), and
+barrier.cluster (9.7.13.4)."""
 
 from __future__ import annotations
 
@@ -15,12 +16,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BarrierOp:
-    """What a barrier instruction does. mode: sync, arrive, red; `reduce` and `dest` for red."""
+    """What a barrier instruction does. mode: sync, arrive, red, cluster_arrive, cluster_wait; `reduce` and `dest` for red,
+    `ordered` unless .relaxed."""
 
     mode: str
     idx: int
     reduce: str | None = None
     dest: int | None = None
+    ordered: bool = True
 
 
 @dataclass
@@ -37,12 +40,25 @@ class _Waiting:
     plain: bool = True  # only whole CTAs that wait so far
 
 
+@dataclass
+class _Cluster:
+    """The barrier of one cluster: arrivals of the current phase, completed phases, who waits, what was published."""
+
+    arrived: int = 0
+    phase: int = 0
+    blocked: list[np.ndarray] = field(default_factory=list)
+    knowledge: Knowledge | None = None
+    done: Knowledge | None = None
+
+
 class Barriers:
     """`arrive` returns the threads that may go on; the others stay blocked until `released` hands them out."""
 
     def __init__(self, machine: Machine):
         self.m = machine
         self.open: dict[tuple[int, int], _Waiting] = {}
+        self.clusters: dict[int, _Cluster] = {}
+        self.cluster_phase = np.full(machine.total, -1, np.int64)  # phase in which a thread arrived and has yet to wait
 
     def arrive(
         self, op: BarrierOp, ids: np.ndarray, number: np.ndarray, count: np.ndarray, value: np.ndarray | None
@@ -127,6 +143,58 @@ class Barriers:
         register = self.m.registers[w.op.dest]
         if register is not None:
             register[ids] = {"popc": v.sum(), "and": v.all(), "or": v.any()}[w.op.reduce or "popc"]
+
+    def cluster(self, op: BarrierOp, ids: np.ndarray) -> list[np.ndarray]:
+        """barrier.cluster.arrive or .wait by `ids`; returns the threads whose wait is over."""
+        m, out = self.m, []
+        of = m.cluster_of[m.cta_of[ids]]
+        for c in np.unique(of).tolist():
+            mine, state = ids[of == c], self.clusters.setdefault(c, _Cluster())
+            if op.mode == "cluster_arrive":
+                if (self.cluster_phase[mine] >= 0).any():
+                    m.report("barrier.cluster.arrive twice without a wait between", op.idx, mine)
+                self.cluster_phase[mine] = state.phase
+                out += self._cluster_arrive(op, state, mine)
+                continue
+            if (self.cluster_phase[mine] < 0).any():
+                m.report("barrier.cluster.wait without an arrive before it", op.idx, mine)
+            free = self.cluster_phase[mine] < state.phase
+            out += self._cluster_leave(state, mine[free])
+            if not free.all():
+                state.blocked.append(mine[~free])
+        return out
+
+    def _cluster_arrive(self, op: BarrierOp, state: _Cluster, ids: np.ndarray) -> list[np.ndarray]:
+        m = self.m
+        if m.check_races and op.ordered:
+            if m.cluster_size > 1:
+                m.clocks.promote()
+            for agent, part, whole in m.warps_of(ids):
+                k = m.clocks.publish(agent, None if whole else part.tolist())
+                if state.knowledge is None:
+                    state.knowledge = k
+                else:
+                    state.knowledge.join(k)
+        state.arrived += len(ids)
+        if state.arrived < m.threads * m.cluster_size:
+            return []
+        state.arrived, state.phase = 0, state.phase + 1
+        state.done, state.knowledge = state.knowledge, None
+        m.progress += 1
+        waiting, state.blocked = state.blocked, []
+        return [part for group in waiting for part in self._cluster_leave(state, group)]
+
+    def _cluster_leave(self, state: _Cluster, ids: np.ndarray) -> list[np.ndarray]:
+        if not len(ids):
+            return []
+        m = self.m
+        self.cluster_phase[ids] = -1
+        if m.check_races and state.done is not None:
+            agents = np.unique(m.agent_of[ids])
+            for a in agents.tolist():
+                m.clocks.acquire(a, state.done, a // m.clocks.width)
+            m.clocks.warp_sync(agents)
+        return [ids]
 
     def describe(self) -> str:
         return "; ".join(

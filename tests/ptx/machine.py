@@ -10,6 +10,7 @@ from . import collectives
 from .async_copy import AsyncCopies
 from .atomics import Atomics
 from .barriers import Barriers
+from .bulk import BulkCopies
 from .clocks import Clocks
 from .codegen import Program
 from .mbarriers import MBarriers
@@ -89,7 +90,7 @@ class Machine:
         self.load, self.store = self.memory.load, self.memory.store
         self.atomics, self.copies = Atomics(self), AsyncCopies(self)
         self.barriers, self.mbarriers = Barriers(self), MBarriers(self)
-        self.wgmma = WarpgroupMma(self)
+        self.wgmma, self.bulk = WarpgroupMma(self), BulkCopies(self)
         self.special = self._special_registers()
         live = set().union(*(b.uses for b in program.blocks))
         self.registers: list[np.ndarray | None] = [None] * len(program.registers)
@@ -113,7 +114,20 @@ class Machine:
         self.agent_of = np.concatenate(
             [cta * width + warp, engines * width + self.warps + np.arange(2 * self.ctas) % 2]
         ).astype(np.int32)
-        self.cluster_base = np.arange(self.ctas) // self.cluster_size * self.cluster_size
+        cluster, rank = self._clusters()
+        self.cluster_of = cluster
+        self.cluster_members = np.zeros((self.ctas // self.cluster_size, self.cluster_size), np.int64)
+        self.cluster_members[cluster, rank] = np.arange(self.ctas)
+
+    def _clusters(self) -> tuple[np.ndarray, np.ndarray]:
+        """-> for every CTA its cluster and its rank there."""
+        (gx, gy, gz), (cx, cy, cz) = self.launch.grid, self.launch.cluster
+        if gx % cx or gy % cy or gz % cz:
+            raise PtxError(f"grid {self.launch.grid} is no multiple of the cluster {self.launch.cluster}")
+        c = np.arange(self.ctas)
+        x, y, z = c % gx, c // gx % gy, c // (gx * gy)
+        cluster = x // cx + (gx // cx) * (y // cy + (gy // cy) * (z // cz))
+        return cluster, x % cx + cx * (y % cy + cy * (z % cz))
 
     def _special_registers(self) -> dict[str, np.ndarray]:
         grid, block, cl = self.launch.grid, self.launch.block, self.launch.cluster

@@ -129,9 +129,8 @@ class Memory:
         if (addr >= u4(w.stride)).any():
             cta, low = self.m.cta_of[ids], addr & u4((1 << CLUSTER_SHIFT) - 1)
             rank = (addr >> u4(CLUSTER_SHIFT)).astype(i8)
-            size = self.m.cluster_size
-            other = self.m.cluster_base[cta] + rank - 1
-            ok = (low < w.stride) & (rank <= size)
+            ok = (low < w.stride) & (rank <= self.m.cluster_size)
+            other = self.m.cluster_members[self.m.cluster_of[cta], np.where(ok, rank, 1) - 1]
             window = np.where(rank == 0, cta, other)
             return np.where(ok, low.astype(i8) + window * w.stride, 0)
         return addr.astype(i8) + self.m.window_of[ids]

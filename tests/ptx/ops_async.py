@@ -72,4 +72,13 @@ def _bulk(e: Emitter, x: Instruction, m: Mods) -> None:
         dst_a, bar = e.address(x.args[0], "u32"), e.address(x.args[3], "u32")
         size = e.full(x.args[2], "u32")
         return e.line(f"S.mbarriers.copy_in({dst_a}, {e.address(x.args[1])}, {size}, {bar}, ids, {e.mask}, {e.here})")
+    if m.flag("commit_group"):
+        return e.line(f"S.bulk.commit(ids, {e.mask})")
+    if m.flag("wait_group"):
+        return e.line(f"S.bulk.wait(ids, {int(x.args[0], 0)}, {m.flag('read')}, {e.mask})")
+    if m.flag("bulk_group"):
+        if not m.flag("global") or state_space(m) != "shared" or len(x.args) != 3 + policy:
+            raise Unsupported("form of bulk copy")
+        where = f"{e.address(x.args[0])}, {e.address(x.args[1], 'u32')}, {e.full(x.args[2], 'u32')}"
+        return e.line(f"S.bulk.copy_out({where}, ids, {e.mask}, {e.here})")
     raise Unsupported("form of bulk copy")

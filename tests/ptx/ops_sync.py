@@ -110,7 +110,13 @@ def barrier(e: Emitter, b: Block, x: Instruction, cond: str) -> None:
     """bar and barrier end a block; the scheduler performs them. Sets b.barrier and b.result."""
     m = Mods(x)
     if m.flag("cluster"):
-        raise Unsupported(f"PTX line {x.line}: `{x.text}`: cluster barrier")
+        mode = m.need("arrive", "wait")
+        m.flag("aligned")
+        order = m.pick("release", "acquire", "relaxed")
+        m.done()
+        b.barrier = BarrierOp(f"cluster_{mode}", e.here, ordered=order != "relaxed")
+        b.result = f"({cond}, FULL(n, i4(0)), FULL(n, i4(0)), None)"
+        return
     m.flag("cta"), m.flag("aligned")
     mode = m.need("sync", "arrive", "red")
     args, value, reduce, dest = list(x.args), "None", None, None

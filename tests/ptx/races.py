@@ -60,7 +60,7 @@ class Shadow:
         self.written = False
         ctas = machine.ctas
         self.last_write, self.last_read = np.zeros(ctas, i4), np.zeros(ctas, i4)
-        self.shared = space == "shared"
+        self.shared = space == "shared" and machine.cluster_size == 1  # only its own CTA can reach it
 
     # ---- accesses. off: byte offsets; who: thread codes; all of `nbytes`, aligned
     def read(

@@ -67,6 +67,7 @@ class Scheduler:
                 fair -= fair > 0
                 if found is None:
                     if (pc >= EXITED).all():
+                        m.bulk.finish()
                         break
                     if forced < 3 and self._force_waits():
                         forced += 1
@@ -264,9 +265,11 @@ class Scheduler:
             value = None if value is None else value[sel]
             if not len(ids):
                 return
-        if op.mode != "arrive":
+        if op.mode not in ("arrive", "cluster_arrive"):
             pc[ids] = BLOCKED + cur + 1
-        for free in self.m.barriers.arrive(op, ids, number, count, value):
+        barriers = self.m.barriers
+        cluster = op.mode.startswith("cluster")
+        for free in barriers.cluster(op, ids) if cluster else barriers.arrive(op, ids, number, count, value):
             back = pc[free]
             pc[free] = np.where((back >= BLOCKED) & (back < PARKED), back - BLOCKED, back)
 

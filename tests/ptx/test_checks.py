@@ -341,6 +341,34 @@ def test_elected_arrival_without_warp_sync() -> None:
     assert kinds(body.format(sync="")) == {f"shared {RACE_RAW}"}
 
 
+# ------------------------------------------------------------------ bulk stores
+BULK = """st.shared.b32 [%r5], %r4; {fence} bar.sync 0; @!%p1 bra E;
+cp.async.bulk.global.shared::cta.bulk_group [%d1], [%r3], 256; {commit} {wait} {then} E: mov.b32 %r40, 0;"""
+
+
+@pytest.mark.parametrize(
+    ("fence", "wait", "then", "found"),
+    [
+        ("fence.proxy.async.shared::cta;", "cp.async.bulk.wait_group 0;", "ld.global.b32 %r20, [%d1];", set()),
+        ("fence.proxy.async.shared::cta;", "cp.async.bulk.wait_group.read 0;", "st.shared.b32 [%r3], %r1;", set()),
+        ("fence.proxy.async.shared::cta;", "", "", set()),
+        ("", "cp.async.bulk.wait_group 0;", "", {"bulk copy reads shared memory without fence.proxy.async after the write"}),
+        ("fence.proxy.async.shared::cta;", "", "st.shared.b32 [%r3], %r1;",
+         {"shared store to the source of an incomplete asynchronous operation"}),
+        ("fence.proxy.async.shared::cta;", "cp.async.bulk.wait_group.read 0;", "ld.global.b32 %r20, [%d1];",
+         {"global load overlaps an incomplete asynchronous copy"}),
+        ("fence.proxy.async.shared::cta;", "cp.async.bulk.wait_group 1;", "ld.global.b32 %r20, [%d1];",
+         {"global load overlaps an incomplete asynchronous copy"}),
+    ],
+)  # fmt: skip
+def test_bulk_store(fence: str, wait: str, then: str, found: set[str]) -> None:
+    arrays = [np.zeros(64, np.uint32), np.zeros(64, np.uint32)]
+    body = BULK.format(fence=fence, wait=wait, then=then, commit="cp.async.bulk.commit_group;")
+    reports = run_ptx_text(HEAD + body + "ret;\n}\n", arrays, block=64, shared=256)
+    assert {r.kind for r in reports} == found
+    assert (arrays[0] == np.arange(64) * 4).all()
+
+
 # ------------------------------------------------------------------ unknown forms
 @pytest.mark.parametrize("line", [
     "foo.b32 %r10, %r1;", "add.wibble.s32 %r10, %r1, %r1;", "ld.const.b32 %r10, [%r1];", "add.f8 %r10, %r1, %r1;",

@@ -89,9 +89,12 @@ def test_mutants_are_detected(name: str, seed) -> None:
     count = collections.Counter(outcomes.values())
     missed = [m for m, o in outcomes.items() if not o]
     reasons = {m: _reason(case, base, m, seed) for m in missed}
-    share = 100 * (len(chosen) - len(missed)) / max(len(chosen), 1)
-    print(f"{name}: {len(chosen)} of {total} mutants, {share:.0f} % detected ({count['report']} by reports, "
-          f"{count['numbers']} by numbers only, {count['error']} by errors)")  # fmt: skip
+    faults = len(chosen) - sum(r is not None for r in reasons.values())
+    share = 100 * (faults - len([r for r in reasons.values() if r is None])) / max(faults, 1)
+    print(
+        f"{name}: {len(chosen)} of {total} mutants, {len(chosen) - faults} of them change nothing; {share:.0f} % of the "
+        f"others detected ({count['report']} by reports, {count['numbers']} by numbers only, {count['error']} by errors)"
+    )
     for m in missed:
         print(f"  not detected: {m} [{reasons[m] or 'unexplained'}]")
     assert not [m for m in missed if reasons[m] is None]

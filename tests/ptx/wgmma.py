@@ -138,7 +138,7 @@ class WarpgroupMma:
             reads = np.repeat(off.reshape(groups, 1, -1), 4, axis=1).reshape(-1)
         if ok is None and shared.shadow is not None:
             shared.shadow.read(reads, readers, 16, idx)
-            self._check_proxy(reads, readers, idx)
+            self.check_proxy(reads, readers, idx, "wgmma")
         if ok is None:
             offs.append(reads)
             whos.append(readers)
@@ -153,7 +153,7 @@ class WarpgroupMma:
             return np.ascontiguousarray(values.transpose(0, 1, 3, 2)).reshape(groups, extent, k)
         return values.reshape(groups, extent, k)
 
-    def _check_proxy(self, off: np.ndarray, who: np.ndarray, idx: int) -> None:
+    def check_proxy(self, off: np.ndarray, who: np.ndarray, idx: int, what: str) -> None:
         """Generic-proxy writes must be followed by fence.proxy.async before the async proxy reads them."""
         shadow, clocks = self.m.memory.shared.shadow, self.m.clocks
         assert shadow is not None
@@ -170,7 +170,7 @@ class WarpgroupMma:
             i, j = np.argwhere(bad)[0]
             detail = f"{shadow.describe(int(off[i]))}, written by {self.m.thread_name(int(writer[i, j]))}"
             self.m.report(
-                "wgmma reads shared memory without fence.proxy.async after the write", idx, who[bad.any(1)], detail
+                f"{what} reads shared memory without fence.proxy.async after the write", idx, who[bad.any(1)], detail
             )
 
     def _check_fence(self, slots: set[int], ids: np.ndarray, idx: int) -> None:
