@@ -117,7 +117,7 @@ class TritonExperts:
 
         self._gemm = fused_moe.invoke_fused_moe_triton_kernel
         self._config = fused_moe.try_get_optimal_moe_config
-        self._types = {torch.bfloat16: fused_moe.tl.bfloat16, torch.float16: fused_moe.tl.float16}
+        self._types = fused_moe.tl  # Triton's language; a placeholder without types where there is no GPU
         self._align = moe_align_block_size
         self._activate = apply_moe_activation
         self._activations = {name: MoEActivation.from_str(name) for name in ("silu", "gelu", "gelu_tanh")}
@@ -161,7 +161,7 @@ class TritonExperts:
             weighted,
             top_k,
             config,
-            compute_type=self._types[a.dtype],
+            compute_type=getattr(self._types, str(a.dtype).removeprefix("torch.")),
             use_fp8_w8a8=False,
             use_int8_w8a8=False,
             use_int8_w8a16=False,

@@ -288,7 +288,9 @@ class SparseEngine:
             yield ScoreChunk(index, start, following[start:stop], tuple(chunks))
 
     def shutdown(self) -> None:
-        """Ends the engine's processes and frees its memory, so that another engine can start in this process."""
+        """Ends the engine's processes and frees its memory, so that another engine can start in this process. Once."""
+        if not hasattr(self, "llm"):
+            return
         core = getattr(self.llm.llm_engine, "engine_core", None)
         if core is not None:
             core.shutdown()

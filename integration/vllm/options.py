@@ -82,7 +82,9 @@ def _flag(value: Any, source: str) -> bool:
 
 
 def find_profile(options: Options, model: str) -> Path:
-    """Path of the profile to use for ``model`` (folder or hub name). UserError, one line, that says how to make one."""
+    """Path of the profile to use for ``model`` (folder or hub name). UserError, one line, that says how to make
+    one.
+    """
     if options.profile is not None:
         return Path(options.profile)
     beside = Path(model) / PROFILE_FILENAME
@@ -133,7 +135,8 @@ def load_profile(options: Options, model: str, hf_config: Any) -> SparsityProfil
 def choose_target(options: Options, profile: SparsityProfile) -> float:
     """The target to serve at. UserError if the one asked for lies beyond the profile."""
     if options.target_sparsity is None:
-        return min(DEFAULT_TARGET, profile.max_target)
+        recommended = (profile.quality or {}).get("target_sparsity", DEFAULT_TARGET)
+        return min(recommended, profile.max_target)
     if options.target_sparsity > profile.max_target:
         raise UserError(
             f"target_sparsity must lie in 0..{profile.max_target:g} (the profile's largest target), "
