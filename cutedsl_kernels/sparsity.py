@@ -158,6 +158,12 @@ class SparsityProfile(_Strict):
     def max_target(self) -> float:
         return min(table.targets[-1] for table in self.layers.values())
 
+    def with_quality(self, quality: dict[str, float]) -> SparsityProfile:
+        """A copy in format 2 that records what `recommend` measured; its target_sparsity becomes the default
+        target.
+        """
+        return self.model_copy(update={"format": FORMAT_2, "quality": quality})
+
     def thresholds(self, layer: str, target_sparsity: float) -> LayerThresholds:
         """tau and rho of ``layer`` (a module name, model.layers.0.mlp.experts) at a sparsity in 0..max_target."""
         table = self.layers.get(layer)

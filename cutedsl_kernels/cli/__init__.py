@@ -15,7 +15,7 @@ import typer
 
 from ..errors import UserError
 
-COMMANDS = ("calibrate", "evaluate", "generate", "doctor", "bench", "autotune", "serve_check")
+COMMANDS = ("calibrate", "evaluate", "generate", "recommend", "doctor", "bench", "autotune", "serve_check")
 
 # The base of all errors about the command line itself. typer has its own copy of click since 0.24 and click's before.
 _UsageMistake = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[2])

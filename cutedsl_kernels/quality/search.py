@@ -340,3 +340,18 @@ def joint_for_kl(
         if point is not None:
             found.append(point)
     return sorted(found, key=lambda point: point.bytes_share)
+
+
+def highest_within(holds: Callable[[float], bool], low: float, high: float, precision: float) -> float:
+    """Bisection for the highest value in low..high that holds, to ``precision``; ``low`` is taken to hold, and not
+    tried.
+    """
+    if holds(high):
+        return high
+    while high - low > precision:
+        middle = round((low + high) / 2, 4)
+        if holds(middle):
+            low = middle
+        else:
+            high = middle
+    return low
