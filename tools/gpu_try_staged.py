@@ -83,7 +83,7 @@ def compiled(spec: Any, fence: bool = True) -> Any:
         folder = pathlib.Path(tempfile.mkdtemp())
         dsl.compile_object(spec, folder / "kernel.o")
         staged_common.TileRing.__init__ = original  # type: ignore[method-assign]
-        _functions[spec, fence] = dsl.load_object(folder / "kernel.o")
+        _functions[spec, fence] = dsl.load_object(folder / "kernel.o", spec)
     return _functions[spec, fence]
 
 

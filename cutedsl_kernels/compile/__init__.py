@@ -70,7 +70,7 @@ def _load_or_compile(spec: KernelSpec) -> Launch:
 
     path, built = ObjectCache(user_dir("cache")).get(spec.name, _key(spec), build)
     _compilations += built
-    return dsl.load_object(path)
+    return dsl.load_object(path, spec)
 
 
 def _key(spec: KernelSpec) -> dict[str, str]:

@@ -79,8 +79,8 @@ def _export(compiled: Any, path: Path) -> None:
         (Path(folder) / "kernel.o").replace(path)
 
 
-def load_object(path: Path) -> Callable[..., None]:
-    """The launch function of an object that compile_object wrote.
+def load_object(path: Path, spec: KernelSpec) -> Callable[..., None]:
+    """The launch function of the object that compile_object wrote for ``spec``.
 
     Called with torch tensors, numbers for Float32 and Int32, and no stream: it launches on torch's current one.
     """
@@ -89,25 +89,35 @@ def load_object(path: Path) -> Callable[..., None]:
     _cute()
     module = load_module(str(path), enable_tvm_ffi=has_tvm_ffi())
     function = getattr(module, SYMBOL)
-    return function if has_tvm_ffi() else _convert_arguments(function)
+    return function if has_tvm_ffi() else _convert_arguments(function, spec)
 
 
-def _convert_arguments(function: Callable[..., Any]) -> Callable[..., None]:
+def as_compiled(tensor: Any, fake: Any) -> Any:
+    """A torch tensor in the form the kernel was compiled for: sizes that were symbolic there are dynamic here."""
+    from cutlass.cute.runtime import from_dlpack
+
+    order = tuple(range(tensor.dim()))
+    made = from_dlpack(tensor.detach(), assumed_align=16 if tensor.data_ptr() % 16 == 0 else None)
+    symbolic = [mode for mode, size in enumerate(fake.shape) if not isinstance(size, int)]
+    for mode in symbolic:
+        made = made.mark_compact_shape_dynamic(mode=mode, stride_order=order)
+    return made
+
+
+def _convert_arguments(function: Callable[..., Any], spec: KernelSpec) -> Callable[..., None]:
     """Without apache-tvm-ffi: every tensor through DLPack, and the stream by hand."""
     import cuda.bindings.driver as cuda
     import torch
-    from cutlass import Float32, Int32
-    from cutlass.cute.runtime import from_dlpack
 
-    def convert(argument: Any) -> Any:
-        if isinstance(argument, torch.Tensor):
-            tensor = from_dlpack(argument.detach(), assumed_align=16 if argument.data_ptr() % 16 == 0 else None)
-            return tensor.mark_layout_dynamic()
-        return Int32(argument) if isinstance(argument, int) else Float32(argument)
+    fakes = fake_arguments(spec, env_stream=False)[:-1]
+
+    def convert(argument: Any, fake: Any) -> Any:
+        return as_compiled(argument, fake) if isinstance(argument, torch.Tensor) else type(fake)(argument)
 
     def launch(*arguments: Any) -> None:
         device = arguments[0].device
+        converted = [convert(argument, fake) for argument, fake in zip(arguments, fakes, strict=True)]
         with torch.cuda.device(device):
-            function(*map(convert, arguments), cuda.CUstream(torch.cuda.current_stream(device).cuda_stream))
+            function(*converted, cuda.CUstream(torch.cuda.current_stream(device).cuda_stream))
 
     return launch

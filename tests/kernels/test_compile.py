@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ import torch
 from kernels.tiny_kernel import tiny_spec
 
 import cutedsl_kernels.compile as layer
-from cutedsl_kernels import KNOWN_MODELS
+from cutedsl_kernels import KNOWN_MODELS, MoEShape
 from cutedsl_kernels.compile import (
     CacheWarning,
     compile_count,
@@ -28,8 +29,9 @@ from cutedsl_kernels.compile import (
     is_compiled,
 )
 from cutedsl_kernels.compile.cache import ObjectCache
-from cutedsl_kernels.compile.dsl import compile_listing, has_tvm_ffi, load_object
-from cutedsl_kernels.configs import FusedConfig
+from cutedsl_kernels.compile.dsl import as_compiled, compile_listing, has_tvm_ffi, load_object
+from cutedsl_kernels.compile.specs import fake_arguments, staged_spec
+from cutedsl_kernels.configs import FusedConfig, StagedConfig
 from cutedsl_kernels.environment import dsl_version
 
 pytestmark = pytest.mark.compile
@@ -238,7 +240,7 @@ def test_loading_takes_at_most_ten_milliseconds(cache_folder: Path) -> None:
     path, times = objects(cache_folder)[0], []
     for _ in range(10):
         start = time.perf_counter()
-        load_object(path)
+        load_object(path, tiny_spec())
         times.append(time.perf_counter() - start)
     assert min(times) < 0.010
 
@@ -279,6 +281,29 @@ def test_parallel_compilation_fills_the_cache_and_reports_failures(cache_folder:
     for spec in good:
         compile_kernel(spec)
     assert compile_count() == before
+
+
+@pytest.mark.parametrize("num_tokens", [1, 5])
+def test_without_tvm_ffi_tensors_get_the_layout_that_was_compiled(num_tokens: int) -> None:
+    """Layouts, dtypes and sizes of every argument of the real kernels as MLIR types, all but the address space."""
+    from cutlass._mlir import ir
+
+    shape = MoEShape(8, 1, 128, 64)
+    for spec in (fused_spec(shape, FusedConfig()), staged_spec(shape, StagedConfig())):
+        names: dict[str, int] = {}
+        for fake in fake_arguments(spec, env_stream=False):
+            if not hasattr(fake, "shape"):
+                continue
+            sizes = [n if isinstance(n, int) else names.setdefault(str(id(n)), num_tokens) for n in fake.shape]
+            dtype = {"BFloat16": torch.bfloat16, "Float32": torch.float32, "Int32": torch.int32}[fake.dtype.__name__]
+            with ir.Context():
+                made, wanted = (
+                    re.search(r"<(\w+), .*(\".*\")", str(t.__get_mlir_types__()[0]))
+                    for t in (as_compiled(torch.zeros(sizes, dtype=dtype), fake), fake)
+                )
+            assert made is not None
+            assert wanted is not None
+            assert made.groups() == wanted.groups()
 
 
 def test_a_listing_holds_ptx_and_cubin() -> None:
