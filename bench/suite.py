@@ -89,8 +89,9 @@ def short() -> Iterator[Point]:
         yield from _decode("qwen3.5-35b-a3b", (1, 8, 32, 128), (0.845,))
         yield from (Point("qwen3.5-35b-a3b", t, (ROUTED,)) for t in (1, 8, 32, 4096))
     else:
-        yield from _decode("olmoe-1b-7b", (1, 4), (0.0, 0.85))
-        yield Point("olmoe-1b-7b", 4, (ROUTED,))
+        yield from _decode("olmoe-1b-7b", (1, 4), (0.85,))
+        yield from _decode("qwen3.5-35b-a3b", (1, 4), (0.85,))
+        yield Point("qwen3.5-35b-a3b", 4, (ROUTED,))
 
 
 def self_test() -> Iterator[Point]:
@@ -259,6 +260,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     option("--tune-s", type=float, default=20.0, help="as for bench.layer")
     option("--only", default="", help="only points whose name contains this, such as 'qwen3.5-35b-a3b T=8 '")
     option("--journal", type=Path, help="progress file (default beside --csv)")
+    option("--fresh", action="store_true", help="measure everything again instead of going on")
     option("--stall-s", type=float, default=120.0, help="a worker without progress for this long is ended")
     option("--list", action="store_true", help="print the points in order and exit")
     option("--worker-budget-s", type=float, help=argparse.SUPPRESS)
@@ -285,6 +287,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "bench.suite") -> int:
         command = [sys.executable, "-m", __spec__.name, *_without_journal(argv)]
         with tempfile.TemporaryDirectory() as folder:
             path = options.journal or (options.csv and options.csv.with_suffix(".journal")) or Path(folder, "journal")
+            if options.fresh:
+                path.unlink(missing_ok=True)
             return supervise(command, options.budget_s, options.stall_s, Journal(path))
     except (UserError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
