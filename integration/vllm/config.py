@@ -84,8 +84,6 @@ class IntraExpertSparseConfig(QuantizationConfig):
         self.model = model_name
         try:
             self.options = Options.collect({**self.overrides, **(getattr(hf_config, OVERRIDES_KEY, None) or {})})
-            if self.options.sparsity_stats:
-                self.stats = SparsityStats()
             if self.options.without_profile:
                 return
             self.profile = load_profile(self.options, model_name, hf_config)
@@ -130,7 +128,8 @@ class IntraExpertSparseConfig(QuantizationConfig):
             self._fall_back(prefix, reason)
             return None
         self.expected.append(prefix)
-        if self.stats is not None:
+        if self.options.sparsity_stats:  # not before: this object is pickled on its way to the workers
+            self.stats = self.stats or SparsityStats()
             self.stats.add_layer(prefix)
         return IntraExpertSparseMethod(layer.moe_config, self, prefix)
 

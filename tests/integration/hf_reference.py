@@ -24,14 +24,27 @@ def log_probs(model: torch.nn.Module, tokens: list[int]) -> torch.Tensor:
 
 
 def expert_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """The modules that hold a layer's experts as gate_up_proj [E, 2I, H] and down_proj [E, H, I], in layer order."""
+    """The modules that hold a layer's experts as gate_up_proj [E, ., .] and down_proj [E, ., .], in layer order."""
     return [
         module
         for module in model.modules()
-        if hasattr(module, "gate_up_proj")
-        and hasattr(module, "down_proj")
-        and getattr(module.gate_up_proj, "ndim", 0) == 3
+        if hasattr(module, "down_proj") and getattr(getattr(module, "gate_up_proj", None), "ndim", 0) == 3
     ]
+
+
+def expert_weights(module: torch.nn.Module) -> tuple[ExpertWeights, str]:
+    """A module's weights and activation. gpt-oss has them transposed, gate and up rows interleaved, and biases."""
+    gate_up, down = (getattr(module, name).detach().clone() for name in ("gate_up_proj", "down_proj"))
+    if not hasattr(module, "gate_up_proj_bias"):
+        return ExpertWeights.from_w13_w2(gate_up, down), "silu"
+    weights = ExpertWeights.from_w13_w2(
+        gate_up.transpose(1, 2).contiguous(),
+        down.transpose(1, 2).contiguous(),
+        w13_bias=module.gate_up_proj_bias.detach(),
+        w2_bias=module.down_proj_bias.detach(),
+        interleaved=True,
+    )
+    return weights, "swigluoai"
 
 
 def make_sparse(model: torch.nn.Module, settings: list[Setting]) -> None:
@@ -39,25 +52,16 @@ def make_sparse(model: torch.nn.Module, settings: list[Setting]) -> None:
     modules = expert_modules(model)
     assert len(modules) == len(settings)
     for module, (tau, rho, router_weighted) in zip(modules, settings, strict=True):
-        weights = ExpertWeights.from_w13_w2(
-            module.gate_up_proj.detach().contiguous(), module.down_proj.detach().clone().contiguous()
-        )
+        weights, activation = expert_weights(module)
 
         def forward(
             hidden_states: torch.Tensor,
             topk_ids: torch.Tensor,
             topk_weights: torch.Tensor,
             weights: ExpertWeights = weights,
-            options: Any = (tau, rho, router_weighted),
+            tau: float | torch.Tensor = tau,
+            options: Any = {"pair_threshold": rho, "router_weighted": router_weighted, "activation": activation},  # noqa: B006
         ) -> torch.Tensor:
-            return sparse_moe_ref(
-                hidden_states,
-                weights,
-                topk_weights,
-                topk_ids,
-                options[0],
-                pair_threshold=options[1],
-                router_weighted=options[2],
-            )
+            return sparse_moe_ref(hidden_states, weights, topk_weights, topk_ids, tau, **options)
 
         module.forward = forward  # type: ignore[method-assign]

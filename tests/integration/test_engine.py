@@ -12,10 +12,26 @@ import hf_reference
 import pytest
 import torch
 
+from cutedsl_kernels import sparse_moe_ref
+
 pytestmark = pytest.mark.engine
 
-ARCHITECTURES = ("olmoe", "mixtral", "qwen3-moe", "qwen2-moe")
-BF16_ULP = 2.0**-8
+# Architectures that the CPU engine runs, with what to compare a sparse model to besides the definition inside the
+# engine: True = the definition inside the transformers model. Not so: deepseek-v2 (transformers and vLLM give a
+# random checkpoint different logits, dense as well), llama4 (transformers runs every expert on every token) and
+# qwen3-next (bf16 only on the CPU). qwen3.5-moe cannot be loaded: its image processor needs torchvision, which has no
+# build for this environment; its text model's experts are qwen3-next's.
+ARCHITECTURES = {
+    "olmoe": True,
+    "mixtral": True,
+    "qwen3-moe": True,
+    "qwen2-moe": True,
+    "granite-moe": True,
+    "gpt-oss": True,
+    "deepseek-v2": False,
+    "llama4": False,
+    "qwen3-next": False,
+}
 
 
 def sequences(seed: int, count: int = 2, length: int = 48) -> list[list[int]]:
@@ -45,25 +61,44 @@ def recorded_setting(engine: Any, texts: list[list[int]], target: float, skip: f
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_equals_stock_when_dense_and_the_definition_when_sparse(
-    name: str, checkpoint: Callable[[str], str], engine: Callable[..., Any], seed: int
+    name: str, checkpoint: Callable[[str], str], engine: Callable[..., Any], seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """fp32, so that nothing but an error makes a difference: routing and thresholds decide the same way everywhere."""
+    from cutedsl_kernels.integration.vllm import method
+
     folder, texts = checkpoint(name), sequences(seed)
-    stock = scores(engine(folder, dense=True, dtype="float32"), texts)[0]
-    ours = engine(folder, record=True, dtype="float32")
-    setting = recorded_setting(ours, texts, 0.7, 0.2)
+    exact = name != "qwen3-next"
+    options = {"dtype": "float32" if exact else "bfloat16", "max_model_len": 128}
+    stock = scores(engine(folder, dense=True, **options), texts)[0]
+    ours = engine(folder, record=True, **options)
+    top_k = ours.identity.top_k
+    setting = recorded_setting(ours, texts, 0.7, 0.2 if top_k > 1 else 0.0)
     dense, sparse = scores(ours, texts, [0.0, setting])
     realised = ours.realised("setting 1")
-    model = hf_reference.load(folder)
-    hf_reference.make_sparse(model, list(setting.values()))
+    monkeypatch.setattr(method, "sparse_moe", sparse_moe_ref)
+    defined = scores(ours, texts, [setting])[0]
+    model = None
+    if ARCHITECTURES[name]:
+        model = hf_reference.load(folder)
+        hf_reference.make_sparse(model, list(setting.values()))
     for i, text in enumerate(texts):
-        torch.testing.assert_close(dense[i], stock[i], atol=2e-3, rtol=0)
-        torch.testing.assert_close(sparse[i], hf_reference.log_probs(model, text), atol=2e-3, rtol=0)
+        assert_equal(dense[i], stock[i], exact)
+        assert_equal(sparse[i], defined[i], exact)
+        if model is not None:
+            assert_equal(sparse[i], hf_reference.log_probs(model, text), exact)
         assert (sparse[i] - dense[i]).abs().max() > 0.05, "the thresholds changed nothing"
     for counters in realised.values():
-        assert counters.pairs == sum(map(len, texts)) * ours.identity.top_k
+        assert counters.pairs == sum(map(len, texts)) * top_k
         assert abs(counters.sparsity - 0.7) < 0.1
-        assert abs(counters.skipped_share - 0.2) < 0.1
+        assert abs(counters.skipped_share - (0.2 if top_k > 1 else 0.0)) < 0.1
+
+
+def assert_equal(found: torch.Tensor, expected: torch.Tensor, exact: bool) -> None:
+    """In fp32 everywhere; in bf16 in the median over positions, as rounding may send single tokens to other experts."""
+    if exact:
+        torch.testing.assert_close(found, expected, atol=2e-3, rtol=0)
+    else:
+        assert (found - expected).abs().amax(dim=1).median() < 0.1
 
 
 def test_target_zero_equals_stock_in_bf16(
