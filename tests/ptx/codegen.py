@@ -83,6 +83,7 @@ class Emitter:
 
     def __init__(self, kernel: Kernel, symbols: dict[str, tuple[str, int]]):
         self.kernel, self.symbols = kernel, symbols
+        kernel.registers["%carry"] = "pred"  # the flag of ops_carry
         self.constants: dict[tuple[str, str], tuple[str, Any]] = {}
         self.index: dict[str, int] = {}
         self.instructions: list[Instruction] = []
@@ -268,7 +269,7 @@ class Program:
     """A kernel ready to run: block functions with their metadata."""
 
     def __init__(self, kernel: Kernel, symbols: dict[str, tuple[str, int]]):
-        from . import ops_arith, ops_async, ops_convert, ops_memory, ops_sync  # noqa: F401  (fill HANDLERS)
+        from . import ops_arith, ops_async, ops_carry, ops_convert, ops_memory, ops_sync  # noqa: F401  (fill HANDLERS)
 
         self.kernel = kernel
         e = Emitter(kernel, symbols)

@@ -169,3 +169,16 @@ def dp4a(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     av = np.ascontiguousarray(a).view(byte[a.dtype.kind]).reshape(-1, 4).astype(i8)
     bv = np.ascontiguousarray(b).view(byte[b.dtype.kind]).reshape(-1, 4).astype(i8)
     return ((av * bv).sum(1) + c.astype(i8)).astype(c.dtype)
+
+
+def add_carry(a: np.ndarray, b: np.ndarray, carry: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """a + b + carry on unsigned arrays -> (sum, carry out)."""
+    s = a + b
+    t = s + np.asarray(carry).astype(a.dtype)
+    return t, (s < a) | (t < s)
+
+
+def subtract_borrow(a: np.ndarray, b: np.ndarray, borrow: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """a - b - borrow on unsigned arrays -> (difference, borrow out)."""
+    d, one = a - b, np.asarray(borrow).astype(a.dtype)
+    return d - one, (a < b) | (d < one)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .codegen import Emitter, Mods, operation
+from .ops_carry import with_carry
 from .parser import Instruction
 from .scalars import CODE_NAMES, TYPES, Unsupported, is_float, size_of
 
@@ -48,6 +49,8 @@ def add_sub_mul(e: Emitter, x: Instruction, m: Mods) -> None:
         return _finish(e, x, m, expr, ty, ftz=ftz, sat=sat)
     if x.op == "mul":
         return _multiply(e, x, m, ty, None)
+    if m.flag("cc"):
+        return with_carry(e, x, m, ty, carry_in=False, carry_out=True)
     a, b = e.read(x.args[1], ty), e.read(x.args[2], ty)
     if sat:
         if ty != "s32":
@@ -80,6 +83,8 @@ def mad(e: Emitter, x: Instruction, m: Mods) -> None:
     if not is_float(ty):
         if x.op == "fma":
             raise Unsupported("integer fma")
+        if m.flag("cc"):
+            return with_carry(e, x, m, ty, carry_in=False, carry_out=True)
         return _multiply(e, x, m, ty, x.args[3])
     ftz, sat = m.flag("ftz"), m.flag("sat")
     rounding = m.need("rn", "rz", "rm", "rp")

@@ -183,7 +183,7 @@ class _Body:
                 self.scopes.pop()
                 if not self.scopes:
                     return self.pos
-            elif self.text.startswith((".loc", ".file"), self.pos):
+            elif self.text.startswith((".loc ", ".loc\t", ".file"), self.pos):
                 end = self.text.index("\n", self.pos)
                 self.location(self.text[self.pos : end])
                 self.pos = end

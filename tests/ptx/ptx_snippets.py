@@ -43,7 +43,7 @@ ret;
 
 
 def run_ptx_text(
-    text: str, arrays: list[np.ndarray], grid: int = 1, block: int = 32, shared: int = 0, **options: bool
+    text: str, arrays: list[np.ndarray], grid: int = 1, block: int = 32, shared: int = 0, cluster: int = 1
 ) -> list[Report]:
     """Run a kernel whose parameters are pointers to `arrays`, which are updated. -> reports."""
     module = parse(text)
@@ -56,8 +56,8 @@ def run_ptx_text(
         b.data[b.inner], b.flags[b.inner] = a.view(np.uint8).ravel(), 1 | INIT
         buffers.append(b)
         params.append(base.to_bytes(8, "little"))
-    launch = Launch(kernel.name, (grid, 1, 1), (block, 1, 1), shared, params)
-    machine = Machine(Program(kernel, symbols), launch, buffers, (static, local), options.get("check_races", True))
+    launch = Launch(kernel.name, (grid, 1, 1), (block, 1, 1), shared, params, (cluster, 1, 1))
+    machine = Machine(Program(kernel, symbols), launch, buffers, (static, local), True)
     execute(machine, 20_000)
     for a, b in zip(arrays, buffers, strict=True):
         a[...] = b.data[GUARD : GUARD + a.nbytes].view(a.dtype).reshape(a.shape)

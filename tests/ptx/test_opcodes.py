@@ -71,6 +71,19 @@ def test_integer_binary(op: str, width: int) -> None:
         assert want is None or z == want & ((1 << width) - 1), (op, x, y)
 
 
+def test_carry_chains() -> None:
+    a, b = _pairs(U64)
+    split = ".reg .b32 al, ah, bl, bh, dl, dh; mov.b64 {al, ah}, %wide_a; mov.b64 {bl, bh}, %wide_b; "
+    join = " mov.b64 %wide_d, {dl, dh};"
+    got = run_snippet(split + "add.cc.u32 dl, al, bl; addc.u32 dh, ah, bh;" + join, 32, a, b, wide=True)
+    assert (got == a + b).all()
+    got = run_snippet(split + "sub.cc.u32 dl, al, bl; subc.u32 dh, ah, bh;" + join, 32, a, b, wide=True)
+    assert (got == a - b).all()
+    got = run_snippet(split + "mad.lo.cc.u32 dl, al, bl, ah; madc.hi.u32 dh, al, bl, bh;" + join, 32, a, b, wide=True)
+    low = np.uint64(2**32 - 1)
+    assert (got == (a & low) * (b & low) + (a >> np.uint64(32)) + (b & ~low)).all()
+
+
 @pytest.mark.parametrize("width", [32, 64])
 @pytest.mark.parametrize("op", ["shl.b", "shr.u", "shr.s"])
 def test_shifts_by_the_width_and_more(op: str, width: int) -> None:
