@@ -24,6 +24,7 @@ pytestmark = pytest.mark.execute
 
 SMALL = {"num_experts": 4, "top_k": 2, "hidden_size": 256, "intermediate_size": 136}
 DTYPES = {"int32": torch.int32, "float32": torch.float32, "bfloat16": torch.bfloat16}
+one_worker = pytest.mark.xdist_group("staged: same two compilations")
 WARP = StagedConfig(wgmma=0, row_stages=3, down_stages=2)
 
 
@@ -100,29 +101,34 @@ def run(run_ptx, seed: int, config: StagedConfig = WARP, deterministic: bool = F
     check_close(tensors["out"], problem)
 
 
+@one_worker
 @pytest.mark.parametrize("deterministic", [False, True], ids=["atomics", "deterministic"])
 @pytest.mark.parametrize("num_tokens", [1, 3, 16, 17, 40])
 def test_numbers_of_tokens(run_ptx, seed: int, num_tokens: int, deterministic: bool) -> None:
     run(run_ptx, seed, deterministic=deterministic, num_tokens=num_tokens)
 
 
+@one_worker
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.9, 1.0])
 def test_sparsities(run_ptx, seed: int, sparsity: float) -> None:
     run(run_ptx, seed, num_tokens=11, sparsity=sparsity)
 
 
+@one_worker
 def test_no_active_neuron_gives_zeros_in_both_reductions(run_ptx, seed: int) -> None:
     for deterministic in (False, True):
         problem = random_problem(seed, num_tokens=5, sparsity=1.0, **SMALL)
         assert execute(run_ptx, problem, WARP, deterministic)["out"].eq(0).all()
 
 
+@one_worker
 @pytest.mark.parametrize("deterministic", [False, True], ids=["atomics", "deterministic"])
 @pytest.mark.parametrize("skip_pairs", [0.3, 0.9, 1.0])
 def test_pair_thresholds(run_ptx, seed: int, skip_pairs: float, deterministic: bool) -> None:
     run(run_ptx, seed, deterministic=deterministic, num_tokens=19, skip_pairs=skip_pairs)
 
 
+@one_worker
 @pytest.mark.parametrize("routing", ["one-expert", "repeated", "zipf"])
 def test_routings(run_ptx, seed: int, routing: Any) -> None:
     run(run_ptx, seed, num_tokens=21, routing=routing)
@@ -193,6 +199,7 @@ def test_more_pairs_than_the_sort_keeps_in_registers(run_ptx, seed: int) -> None
     run(run_ptx, seed, replace(WARP, down_atoms=1), num_tokens=1100, routing="repeated", skip_pairs=0.98, **shape)
 
 
+@one_worker
 def test_deterministic_reduction_has_no_atomics(run_ptx) -> None:
     spec = staged_spec(MoEShape(4, 2, 256, 136), WARP, deterministic=True)
     assert not re.search(r"\b(red|atom)\.", build(run_ptx, spec).ptx)
