@@ -41,6 +41,9 @@ from cutedsl_kernels.quality.traffic import overlap, record_pairs
 
 TARGETS = (0.5, 0.7, 0.8, 0.85, 0.9)
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
+GAINS = (2.0, 2.3, 2.8, 3.3, 3.8)  # dense bytes over sparse ones, one token
+BATCH_GAINS = (1.1, 1.2, 1.4, 1.7)  # the same for 64 tokens
+QUICK_SCORES = ("gate", "gate-routed", "down-routed", "up-down-routed", "moments", "moments-routed")
 AVERAGES = [round(0.01 * i, 2) for i in range(1, 100)]
 COLUMNS = [
     "date",
@@ -86,12 +89,15 @@ class Study:
         }
         self.scored: dict[str, Scored] = {}
 
-    def record(self) -> None:
-        """Every score, from one recording of each kind of moment."""
+    def record(self, names: Sequence[str] | None = None) -> None:
+        """Every score (or those of SCORES named), from one recording of each kind of moment."""
         model, text = self.model, self.calibration
         moments = record_moments(model, text)
-        for name, score in SCORES.items():
-            self.scored[name] = Scored.record(model, text, score, moments)
+        for name in names or SCORES:
+            self.scored[name] = Scored.record(model, text, SCORES[name], moments)
+        if names is not None:
+            self.scored["oracle-routed"] = Scored.record_oracle(model, text)
+            return
         weighted, fisher = record_weighted_moments(model, text), record_fisher(model, text)
         down = {name: row_norms(layer.weights)[1] for name, layer in model.layers.items()}
         self.scored["gated-moments-routed"] = Scored.with_weights(model, text, {n: down[n] * weighted[n] for n in down})
@@ -154,10 +160,12 @@ class Study:
             curves = budgets.fisher_curves(scored.histograms, measured.costs, router_weighted=routed)
         return budgets.Budget(budgets.allocate(curves, AVERAGES))
 
-    def all_budgets(self, names: Sequence[str]) -> dict[tuple[str, str], budgets.Budget]:
+    def all_budgets(
+        self, names: Sequence[str], kinds: Sequence[str] = budgets.BUDGETS
+    ) -> dict[tuple[str, str], budgets.Budget]:
         found = {}
         for name in names:
-            for kind in budgets.BUDGETS:
+            for kind in kinds:
                 budget = found[name, kind] = self.budget(name, kind)
                 if kind == "uniform":
                     continue
@@ -166,7 +174,16 @@ class Study:
                     self.add("budget", name, kind, quality, target=target)
         return found
 
-    def joint(self, names: Sequence[str], kinds: Sequence[str], made: dict[tuple[str, str], budgets.Budget]) -> None:
+    def joint(
+        self,
+        names: Sequence[str],
+        kinds: Sequence[str],
+        made: dict[tuple[str, str], budgets.Budget],
+        *,
+        shares: Sequence[float] = SHARES,
+        gains: Sequence[float] = GAINS,
+        batch_gains: Sequence[float] = BATCH_GAINS,
+    ) -> None:
         """Pairs skipped and sparsity together: least bytes at the KL of gate at 85 %, and least KL at given bytes."""
         bar = self.tuner.quality(self.scored["gate"].rules(0.85)).kl_mean
         quality = self.evaluator.quality(self.scored["gate"].rules(0.85))
@@ -181,13 +198,13 @@ class Study:
                 ) -> Any:
                     return scored.thresholds(budget.at(sparsity), share)
 
-                for point in joint_for_kl(self.tuner, scored, bar, SHARES, thresholds=limits):
+                for point in joint_for_kl(self.tuner, scored, bar, shares, thresholds=limits):
                     found = self.evaluator.quality(scored.as_rules(limits(point.sparsity, point.skip_pairs)))
                     self.add(
                         "joint-kl", name, kind, found, target=point.sparsity, skip_pairs_asked=point.skip_pairs, batch=1
                     )
-                for gain in (2.0, 2.3, 2.8, 3.3, 3.8):
-                    for point in joint_for_bytes(self.tuner, scored, 1 / gain, SHARES, thresholds=limits):
+                for gain in gains:
+                    for point in joint_for_bytes(self.tuner, scored, 1 / gain, shares, thresholds=limits):
                         found = self.evaluator.quality(scored.as_rules(limits(point.sparsity, point.skip_pairs)))
                         values = {"target": point.sparsity, "skip_pairs_asked": point.skip_pairs, "batch": 1}
                         self.add("joint-bytes", name, kind, found, **values)
@@ -198,8 +215,8 @@ class Study:
         def best(sparsity: float, share: float) -> Any:
             return scored.thresholds(budget.at(sparsity), share)
 
-        for gain in (1.1, 1.2, 1.4, 1.7):
-            for point in joint_for_bytes(self.tuner, scored, 1 / gain, SHARES, thresholds=best, batch=64, pairs=pairs):
+        for gain in batch_gains:
+            for point in joint_for_bytes(self.tuner, scored, 1 / gain, shares, thresholds=best, batch=64, pairs=pairs):
                 found = self.evaluator.quality(scored.as_rules(best(point.sparsity, point.skip_pairs)))
                 values = {"target": point.sparsity, "skip_pairs_asked": point.skip_pairs, "batch": 64}
                 self.add("joint-bytes", name, kind, found, **values)
@@ -240,6 +257,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of the CSV files")
     parser.add_argument("--tokens", type=int, default=32768, help="held-out tokens; as many for calibration")
     parser.add_argument("--text", type=Path, help="evaluate on this file's second half, calibrate on its first")
+    parser.add_argument("--quick", action="store_true", help="fewer scores, budgets and goals: minutes on a CPU")
     parser.add_argument("--device", default="auto")
     arguments = parser.parse_args()
     torch.set_float32_matmul_precision("highest")
@@ -256,10 +274,16 @@ def main() -> int:
     for path in arguments.checkpoints:
         start = time.perf_counter()
         study = Study(path, calibration, held_out, device)
-        study.record()
+        study.record(QUICK_SCORES if arguments.quick else None)
         out = arguments.out / f"quality_{path.name}.csv"
         try:
             study.scores()
+            if arguments.quick:
+                made = study.all_budgets(("moments-routed",), ("uniform", "shared", "fisher"))
+                goals: dict[str, Any] = {"gains": (2.8, 3.3), "batch_gains": (1.2,), "shares": (0.0, 0.2, 0.35, 0.5)}
+                study.joint(("moments-routed",), ("uniform",), made, **goals)
+                study.overlaps(("moments-routed",))
+                continue
             made = study.all_budgets(("gate", "gate-routed", "moments-routed", "gated-moments-routed", "fisher-routed"))
             study.joint(("gate-routed", "moments-routed", "fisher-routed"), ("uniform", "fisher", "greedy"), made)
             study.overlaps(("gate", "moments-routed"))
