@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 
 Tensors = dict[str, torch.Tensor]
@@ -245,6 +246,10 @@ CASES: dict[str, Case] = {
         ),
     )
 }  # fmt: skip
+
+
+#: Parameters for tests: with `--dist loadgroup` all tests of a case share a worker, so it is compiled once.
+GROUPED = [pytest.param(name, marks=pytest.mark.xdist_group(f"ptx-{name}")) for name in CASES]
 
 
 @functools.cache

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from .cases import CASES, clone, program
+from .cases import CASES, GROUPED, clone, program
 
 pytestmark = pytest.mark.execute
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", GROUPED)
 def test_result_is_right_and_clean(name: str, run_ptx, seed) -> None:
     case = CASES[name]
     before = case.make(torch.Generator().manual_seed(seed))

@@ -12,7 +12,7 @@ import random
 import pytest
 import torch
 
-from .cases import CASES, Case, clone, program
+from .cases import CASES, GROUPED, Case, clone, program
 from .harness import DslProgram, Uninit
 from .mutation import Mutant, mutants
 from .scalars import PtxError
@@ -74,7 +74,7 @@ def _reason(case: Case, base: DslProgram, mutant: Mutant, seed: int) -> str | No
     )
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", GROUPED)
 def test_mutants_are_detected(name: str, seed) -> None:
     case, base = CASES[name], program(name)
     chosen = mutants(base.ptx, base.module)
