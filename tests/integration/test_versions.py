@@ -1,0 +1,75 @@
+"""The plugin against the Python sources of other vLLM releases, unpacked from their wheels.
+
+CUTEDSL_KERNELS_VLLM_SOURCES names a folder with one unpacked wheel per subfolder, for example
+
+    pip download --no-deps vllm==0.26.0 && unzip -d sources/0.26.0 vllm-0.26.0-*.whl 'vllm/*.py' 'vllm/*.json'
+
+for both ends of the supported range. The wheels are several hundred MiB each, so nothing downloads them by itself.
+Without a GPU they import but run no engine: what is checked is that everything this package asks of vLLM is there, with
+the parameters it passes.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.engine
+
+VARIABLE = "CUTEDSL_KERNELS_VLLM_SOURCES"
+SOURCES = sorted(Path(os.environ[VARIABLE]).iterdir()) if os.environ.get(VARIABLE) else []
+
+CHECK = """
+import inspect, sys
+import vllm
+assert vllm.__file__.startswith(sys.argv[1]), vllm.__file__
+from cutedsl_kernels.integration.vllm import compat, register
+assert compat.unsupported_version() is None, compat.unsupported_version()
+register()
+register()
+from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_quantization_config
+assert QUANTIZATION_METHODS.count("intra_expert_sparse") == 1
+from cutedsl_kernels.integration.vllm import config, dense, method, worker
+assert get_quantization_config("intra_expert_sparse") is config.IntraExpertSparseConfig
+assert issubclass(method.IntraExpertSparseMethod, compat.method_base_class())
+assert not method.IntraExpertSparseMethod.__abstractmethods__
+assert not config.IntraExpertSparseConfig.__abstractmethods__
+compat.empty_quant_config()
+compat.routed_experts_class()
+inspect.signature(compat.stock_method_class().create_weights).bind(None, None, 1, 2, 3, None)
+inspect.signature(compat.method_base_class().apply).bind(
+    None, layer=0, x=0, topk_weights=0, topk_ids=0, shared_experts=0, shared_experts_input=0)
+triton = compat.triton_experts()
+inspect.signature(triton._gemm).bind(*range(12), compute_type=0, use_fp8_w8a8=False, use_int8_w8a8=False,
+    use_int8_w8a16=False, use_int4_w4a16=False, per_channel_quant=False, B_bias=None)
+inspect.signature(triton._align).bind(0, 1, 2, None, ignore_invalid_experts=True)
+inspect.signature(triton._activate).bind(0, 1, 2)
+inspect.signature(triton._sum).bind(0, 1)
+inspect.signature(triton._config).bind(0, 1, 2, None, 4)
+from vllm.forward_context import ForwardContext
+assert "no_compile_layers" in ForwardContext.__annotations__
+print("vLLM", vllm.__version__, "has everything")
+"""
+
+
+@pytest.mark.skipif(not SOURCES, reason=f"{VARIABLE} names no folder of unpacked vLLM wheels")
+@pytest.mark.parametrize("source", SOURCES or [None], ids=lambda path: path.name if path else "none")
+def test_everything_asked_of_vllm_is_there(source: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(source), "VLLM_NO_USAGE_STATS": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", CHECK, str(source)], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "has everything" in result.stdout
+
+
+def test_everything_asked_of_the_installed_vllm_is_there() -> None:
+    import vllm
+
+    folder = str(Path(vllm.__file__).parents[1])
+    result = subprocess.run([sys.executable, "-c", CHECK, folder], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
