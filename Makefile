@@ -12,13 +12,16 @@ HASH := $(shell (echo $(TORCH) $(VLLM); cat pyproject.toml requirements-dev.txt)
 INSTALLED := $(VENV)/.installed-$(HASH)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
+OLDEST := 4.6.0
+OLDEST_DSL := .cache/cutlass-dsl-$(OLDEST)/.done
+
 MODEL := models/tiny-olmoe
 DEMO_TARGET := 0.8
 # Without the log lines and warnings of vLLM, torch and transformers that say nothing about this model.
 QUIET := VLLM_LOGGING_LEVEL=ERROR TORCH_CPP_LOG_LEVEL=ERROR TRANSFORMERS_VERBOSITY=error PYTHONWARNINGS=ignore
 COMMAND := HF_HUB_OFFLINE=1 $(QUIET) $(BIN)/cutedsl-kernels
 
-.PHONY: venv lint mypy test demo bench gpu clean
+.PHONY: venv lint mypy test demo bench kernels-report gpu clean
 
 venv: $(INSTALLED)
 
@@ -51,8 +54,15 @@ mypy: $(INSTALLED)
 	@$(PIP) --no-deps --no-build-isolation --target .cache/installed . && rm -rf build
 	cd .cache/installed && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../mypy -p cutedsl_kernels
 
+# The oldest CuTe DSL that is supported, beside the installed one: tests/kernels/test_oldest_dsl.py compiles with it.
+$(OLDEST_DSL): | $(INSTALLED)
+	@rm -rf $(dir $@)
+	@$(PIP) --no-deps --target $(dir $@) $(foreach part,base core cu12,nvidia-cutlass-dsl-libs-$(part)==$(OLDEST)) \
+	  nvidia-cutlass-dsl==$(OLDEST)
+	@touch $@
+
 # All engine tests share one worker (tests/conftest.py), so that two engines never run at once on two cores.
-test: $(INSTALLED)
+test: $(INSTALLED) $(OLDEST_DSL)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadgroup $(PYTEST_ARGS)
 
 # Calibration and held-out text are different files of the standard library; the model was trained on neither.
@@ -75,6 +85,9 @@ demo: $(INSTALLED)
 
 bench: $(INSTALLED)
 	@$(COMMAND) bench suite --preset short --budget-s 280 --fresh --csv .cache/bench.csv
+
+kernels-report: $(INSTALLED)
+	@$(BIN)/python tools/kernels_report.py
 
 gpu: $(INSTALLED)
 	@$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
