@@ -1,6 +1,7 @@
 """cp.async, its groups, and bulk copies (PTX ISA 9.7.9.25 asynchronous copies).
 
-Data land at the latest legal time: at the wait, for cp.async, or when an mbarrier is tested, for bulk copies. From issue
+Data land at the latest legal time: at the wait, for cp.async, or when an mbarrier is tested, for bulk copies. From
+issue
 to landing the destination is marked pending, and every access to it is reported.
 """
 

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BarrierOp:
-    """What a barrier instruction does. mode: sync, arrive, red, cluster_arrive, cluster_wait; `reduce` and `dest` for red,
+    """What a barrier instruction does. mode: sync, arrive, red, cluster_arrive, cluster_wait; `reduce` and `dest`
+    for red,
     `ordered` unless .relaxed."""
 
     mode: str
@@ -138,7 +139,8 @@ class Barriers:
         return [ids]
 
     def _reduce(self, w: _Waiting, ids: np.ndarray) -> None:
-        assert w.op is not None and w.op.dest is not None
+        assert w.op is not None
+        assert w.op.dest is not None
         v = np.concatenate(w.values)
         register = self.m.registers[w.op.dest]
         if register is not None:

@@ -32,7 +32,8 @@ SPECIAL_REGISTERS = (
 
 @dataclass
 class Block:
-    """`head`: None, "warp" (needs the lanes of the mask together), "warpgroup" (four warps) or "wait" (mbarrier.try_wait).
+    """`head`: None, "warp" (needs the lanes of the mask together), "warpgroup" (four warps) or "wait"
+    (mbarrier.try_wait).
     `kind`: how it ends: fall, bra, cbra, ret, cret, bar, trap."""
 
     instructions: list[Instruction]

@@ -198,7 +198,8 @@ CASES: dict[str, Case] = {
         ),
         Case(
             "gathered_gemm", _build_gathered,
-            lambda g: {"x": _small_integers(g, 60, 512), "rows": (torch.randperm(60, generator=g)[:40] * torch.arange(40).sign()).int(),
+            lambda g: {"x": _small_integers(g, 60, 512),
+                       "rows": (torch.randperm(60, generator=g)[:40] * torch.arange(40).sign()).int(),
                        "w": _small_integers(g, 64, 512), "out": _small_integers(g, 40, 64, dtype=torch.float32)},
             lambda a: {"out": a["out"] + a["x"].float()[a["rows"].long()] @ a["w"].float().T}, (), exact=True,
         ),
@@ -236,7 +237,8 @@ CASES: dict[str, Case] = {
         ),
         Case(
             "softmax", functools.partial(_build_elementwise, "softmax", 2, "BFloat16"),
-            lambda g: {"x": _randn(g, 5, 300, dtype=torch.bfloat16), "y": torch.full((5, 300), float("nan")).bfloat16()},
+            lambda g: {"x": _randn(g, 5, 300, dtype=torch.bfloat16),
+                       "y": torch.full((5, 300), float("nan")).bfloat16()},
             lambda a: {"y": torch.softmax(a["x"].float(), 1)}, ("y",), tolerance=2.0**-8,
         ),
         Case(

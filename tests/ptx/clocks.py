@@ -1,6 +1,7 @@
 """Vector clocks: who is known to have done what, so that races are found whatever the interleaving was.
 
-An agent is a warp, or one of the two asynchronous engines of a CTA (cp.async that arrive on mbarriers; bulk copies). Accesses carry the time of their agent; a
+An agent is a warp, or one of the two asynchronous engines of a CTA (cp.async that arrive on mbarriers; bulk
+copies). Accesses carry the time of their agent; a
 synchronisation publishes what an agent knows and another acquires it. All times come from one counter that grows with
 every synchronisation, so a barrier can say "everything up to now". Three planes of knowledge are kept:
 

@@ -191,7 +191,8 @@ class Emitter:
         if ty != "pred" and size_of(ty) != size_of(rt):
             wide = register_dtype(rt)
             if is_signed(ty):
-                expr = f"({expr}).astype({CODE_NAMES[{2: np.int16, 4: np.int32, 8: np.int64}[size_of(rt)]]}).view({CODE_NAMES[wide]})"
+                signed = CODE_NAMES[{2: np.int16, 4: np.int32, 8: np.int64}[size_of(rt)]]
+                expr = f"({expr}).astype({signed}).view({CODE_NAMES[wide]})"
             elif is_float(ty):
                 expr = f"({expr}).view({CODE_NAMES[UNSIGNED[size_of(ty)]]}).astype({CODE_NAMES[wide]})"
             else:

@@ -108,7 +108,8 @@ def reduce(mode: str, v: np.ndarray, ids: np.ndarray) -> np.ndarray:
     info = np.iinfo(v.dtype)
     fn, neutral = {
         "add": (np.add, 0), "min": (np.minimum, info.max), "max": (np.maximum, info.min),
-        "and": (np.bitwise_and, info.max if info.min == 0 else -1), "or": (np.bitwise_or, 0), "xor": (np.bitwise_xor, 0),
+        "and": (np.bitwise_and, info.max if info.min == 0 else -1),
+        "or": (np.bitwise_or, 0), "xor": (np.bitwise_xor, 0),
     }[mode]  # fmt: skip
     q = np.where(here, q, v.dtype.type(neutral))
     return _pick(np.repeat(fn.reduce(q, axis=1, dtype=v.dtype), 32), at)

@@ -1,6 +1,7 @@
 """The small kernels on a real GPU and in the interpreter, side by side.
 
-    python -m ptx.golden            (in tests/, on a machine with an sm_90 GPU; or: pytest -m gpu tests/gpu/test_golden_ptx.py)
+    python -m ptx.golden            (in tests/, on a machine with an sm_90 GPU; or: pytest -m gpu
+    tests/gpu/test_golden_ptx.py)
 
 Each case runs once on the device, compiled from the same source, and once in the interpreter on the same inputs. Cases
 whose operations are exact must agree bit by bit in every output; the others are compared within twice their tolerance.
@@ -36,7 +37,8 @@ class Comparison:
     def __str__(self) -> str:
         worst = max(self.differences.values(), default=0.0)
         how = "bit by bit" if self.exact else "relative"
-        return f"{'ok  ' if self.fine else 'FAIL'} {self.name:24s} {how}, largest difference {worst:.3g}, {self.reports} report(s)"
+        verdict = "ok  " if self.fine else "FAIL"
+        return f"{verdict} {self.name:24s} {how}, largest difference {worst:.3g}, {self.reports} report(s)"
 
 
 def compile_for_device(case: Case) -> Any:

@@ -66,7 +66,7 @@ class Machine:
         self.program, self.launch = program, launch
         k = program.kernel
         block, grid = launch.block, launch.grid
-        if k.reqntid is not None and (tuple(k.reqntid) + (1, 1, 1))[:3] != block:
+        if k.reqntid is not None and (*k.reqntid, 1, 1)[:3] != block:
             raise PtxError(f"kernel {k.name} requires block {k.reqntid}, launched with {block}")
         if len(launch.params) != len(k.params):
             raise PtxError(f"kernel {k.name} takes {len(k.params)} parameters, got {len(launch.params)}")
@@ -137,7 +137,8 @@ class Machine:
         cid = (c % grid[0], c // grid[0] % grid[1], c // (grid[0] * grid[1]))
         one = u8(1)
         out: dict[str, np.ndarray] = {
-            "%laneid": lane, "%warpid": t // 32, "%nwarpid": t * 0 + self.warps, "%smid": c % 132, "%nsmid": t * 0 + 132,
+            "%laneid": lane, "%warpid": t // 32, "%nwarpid": t * 0 + self.warps,
+            "%smid": c % 132, "%nsmid": t * 0 + 132,
             "%lanemask_eq": one << lane, "%lanemask_lt": (one << lane) - one, "%lanemask_le": (u8(2) << lane) - one,
             "%lanemask_gt": ~((u8(2) << lane) - one), "%lanemask_ge": ~((one << lane) - one),
             "%dynamic_smem_size": t * 0 + self.launch.shared_bytes,
@@ -148,7 +149,8 @@ class Machine:
         for i, d in enumerate("xyz"):
             inside = cid[i] % cl[i]
             out |= {
-                f"%tid.{d}": tid[i], f"%ntid.{d}": t * 0 + block[i], f"%ctaid.{d}": cid[i], f"%nctaid.{d}": t * 0 + grid[i],
+                f"%tid.{d}": tid[i], f"%ntid.{d}": t * 0 + block[i], f"%ctaid.{d}": cid[i],
+                f"%nctaid.{d}": t * 0 + grid[i],
                 f"%cluster_ctaid.{d}": inside, f"%cluster_nctaid.{d}": t * 0 + cl[i],
                 f"%clusterid.{d}": cid[i] // cl[i], f"%nclusterid.{d}": t * 0 + grid[i] // cl[i],
             }  # fmt: skip

@@ -123,7 +123,8 @@ class MBarriers:
             self.m.progress += 1
 
     def arrive(
-        self, addr: np.ndarray, ids: np.ndarray, count: np.ndarray, tx: np.ndarray | None, pm: np.ndarray | None, idx: int,
+        self, addr: np.ndarray, ids: np.ndarray, count: np.ndarray, tx: np.ndarray | None,
+        pm: np.ndarray | None, idx: int,
         *, release: bool = True, drop: bool = False,
     ) -> np.ndarray:  # fmt: skip
         """mbarrier.arrive(.expect_tx, .drop): returns the phase tokens."""

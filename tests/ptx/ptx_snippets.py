@@ -76,3 +76,50 @@ def run_snippet(body: str, width: int, *operands: np.ndarray, wide: bool = False
     reports = run_ptx_text(_HEAD.format(w=width, body=body, tail=tail), [data, out], grid=rows // 32)
     assert not reports, "\n".join(map(str, reports))
     return out[:n]
+
+
+#: Start of a kernel on two arrays: thread number %r1, CTA %r2, shared memory %r3; the thread's word in shared memory
+#: %r5, another warp's %r7, the neighbour lane's %r9; the thread's word of the arrays %d4 and %d5; %p1: thread 0.
+HEAD = """.version 8.8
+.target sm_90a
+.address_size 64
+.extern .shared .align 1024 .b8 dynamic[];
+.visible .entry test(.param .u64 p0, .param .u64 p1)
+{
+.reg .pred %p<20>;
+.reg .b32 %r<60>;
+.reg .b64 %d<40>;
+.reg .b16 %h<4>;
+mov.u32 %r1, %tid.x;
+mov.u32 %r2, %ctaid.x;
+mov.u32 %r3, dynamic;
+ld.param.u64 %d1, [p0];
+ld.param.u64 %d2, [p1];
+shl.b32 %r4, %r1, 2;
+add.u32 %r5, %r3, %r4;
+cvt.u64.u32 %d3, %r4;
+add.u64 %d4, %d1, %d3;
+add.u64 %d5, %d2, %d3;
+xor.b32 %r6, %r4, 128;
+add.u32 %r7, %r3, %r6;
+xor.b32 %r8, %r4, 4;
+add.u32 %r9, %r3, %r8;
+setp.eq.u32 %p1, %r1, 0;
+"""
+
+
+def kinds(
+    body: str, *, grid: int = 1, block: int = 64, shared: int = 1024, sizes: tuple[int, int] = (256, 256)
+) -> set[str]:
+    """Run `body` (thread's words: shared [%r5], other warp's [%r7], neighbour lane's [%r9], global [%d4], [%d5])."""
+    arrays = [np.arange(s, dtype=np.uint32) for s in sizes]
+    reports = run_ptx_text(HEAD + body + "\nret;\n}\n", arrays, grid=grid, block=block, shared=shared)
+    for r in reports:
+        assert r.line > 0
+        assert str(r)
+    return {r.kind for r in reports}
+
+
+RACE_RAW = "race: read after unsynchronised write"
+RACE_WAR = "race: write after unsynchronised read"
+RACE_WAW = "race: write after unsynchronised write"

@@ -1,4 +1,5 @@
-"""Kernels in the DSL that are wrong on purpose: each fault is reported, the correct twin gives the right numbers cleanly."""
+"""Kernels in the DSL that are wrong on purpose: each fault is reported, the correct twin gives the right numbers
+cleanly."""
 
 from __future__ import annotations
 
@@ -94,7 +95,8 @@ def test_arguments_are_checked(run_ptx) -> None:
 
 
 def test_views_have_exact_bounds_and_share_memory(run_ptx) -> None:
-    """A column view of a wider tensor: the gap between rows belongs to nobody; two views of one storage see each other."""
+    """A column view of a wider tensor: the gap between rows belongs to nobody; two views of one storage see each
+    other."""
     program = _compiled("RowSums", "")
     wide = torch.arange(40.0).reshape(4, 10)
     y = torch.zeros(4)

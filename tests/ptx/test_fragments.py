@@ -1,4 +1,5 @@
-"""Register fragments of mma, ldmatrix and stmatrix against CuTe's own layouts: tiles of distinct integers, exact results.
+"""Register fragments of mma, ldmatrix and stmatrix against CuTe's own layouts: tiles of distinct integers, exact
+results.
 
 wgmma's fragments (A in registers, accumulators) and its shared-memory layouts are compared the same way by the wgmma
 kernels of test_kernels.py, whose operands CuTe lays out and partitions.

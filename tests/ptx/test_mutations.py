@@ -1,4 +1,5 @@
-"""How much of what can go wrong is noticed: the mutation suite. Prints the share that is detected and each mutant that is not.
+"""How much of what can go wrong is noticed: the mutation suite. Prints the share that is detected and each mutant
+that is not.
 
 A sample of the mutants of each case is drawn afresh in each run; CUTEDSL_KERNELS_ALL_MUTANTS=1 takes all.
 """
@@ -92,8 +93,8 @@ def test_mutants_are_detected(name: str, seed) -> None:
     faults = len(chosen) - sum(r is not None for r in reasons.values())
     share = 100 * (faults - len([r for r in reasons.values() if r is None])) / max(faults, 1)
     print(
-        f"{name}: {len(chosen)} of {total} mutants, {len(chosen) - faults} of them change nothing; {share:.0f} % of the "
-        f"others detected ({count['report']} by reports, {count['numbers']} by numbers only, {count['error']} by errors)"
+        f"{name}: {len(chosen)} of {total} mutants, {len(chosen) - faults} of them change nothing; {share:.0f} % of "
+        f"the others detected ({count['report']} by reports, {count['numbers']} by numbers, {count['error']} by errors)"
     )
     for m in missed:
         print(f"  not detected: {m} [{reasons[m] or 'unexplained'}]")

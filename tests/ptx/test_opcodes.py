@@ -13,8 +13,8 @@ from .ptx_snippets import run_snippet
 
 pytestmark = pytest.mark.execute
 
-U32 = np.array([0, 1, 2, 3, 31, 32, 33, 0x7FFFFFFF, 0x80000000, 0x80000001, 0xFFFFFFFE, 0xFFFFFFFF, 0x12345678, 0xDEADBEEF,
-                255, 256], np.uint64)  # fmt: skip
+U32 = np.array([0, 1, 2, 3, 31, 32, 33, 0x7FFFFFFF, 0x80000000, 0x80000001, 0xFFFFFFFE, 0xFFFFFFFF, 0x12345678,
+                0xDEADBEEF,                 255, 256], np.uint64)  # fmt: skip
 U64 = np.array([0, 1, 63, 64, 2**31, 2**32 - 1, 2**32, 2**63 - 1, 2**63, 2**63 + 1, 2**64 - 1, 0x0123456789ABCDEF],
                np.uint64)  # fmt: skip
 F32_BITS = np.array([
@@ -254,7 +254,8 @@ def test_comparisons_with_nan() -> None:
 
 @pytest.mark.parametrize(("op", "fn"), [
     ("rcp.approx.ftz.f32", lambda x: 1 / x), ("sqrt.rn.f32", np.sqrt), ("rsqrt.approx.f32", lambda x: 1 / np.sqrt(x)),
-    ("ex2.approx.ftz.f32", np.exp2), ("lg2.approx.f32", np.log2), ("tanh.approx.f32", np.tanh), ("sin.approx.f32", np.sin),
+    ("ex2.approx.ftz.f32", np.exp2), ("lg2.approx.f32", np.log2), ("tanh.approx.f32", np.tanh),
+    ("sin.approx.f32", np.sin),
 ])  # fmt: skip
 def test_approximate_units_are_correctly_rounded(op: str, fn: Callable[[np.ndarray], np.ndarray]) -> None:
     values = F32_BITS.astype(np.uint32).view(np.float32)

@@ -1,7 +1,8 @@
 """wgmma on groups of four warps (PTX ISA 9.7.15): operands from swizzled shared memory, and the asynchronous rules.
 
 Results are computed when the instruction is issued, but the hardware may deliver them only at the wait. So until the
-group of a wgmma has been waited for, its registers may not be touched (copies by mov are followed) and the shared memory
+group of a wgmma has been waited for, its registers may not be touched (copies by mov are followed) and the shared
+memory
 it reads may not be written. Shared memory written through the generic proxy needs fence.proxy.async before wgmma reads
 it, and registers written by other instructions need wgmma.fence.
 """
@@ -193,7 +194,7 @@ class WarpgroupMma:
 
     def wait(self, ids: np.ndarray, allowed: int) -> None:
         """wgmma.wait_group: all but the last N groups of these warps are complete."""
-        m, shared = self.m, self.m.memory.shared
+        shared = self.m.memory.shared
         waiting = np.zeros(len(self.commits), bool)
         waiting[np.unique(ids // 32)] = True
         keep = []

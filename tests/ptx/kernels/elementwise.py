@@ -1,4 +1,5 @@
-"""Addition with thread-value layouts and predicates, a row softmax with shuffles, and a transpose through shared memory."""
+"""Addition with thread-value layouts and predicates, a row softmax with shuffles, and a transpose through shared
+memory."""
 
 import cuda.bindings.driver as cuda
 import cutlass

@@ -9,7 +9,8 @@ from cutlass.memory import SmemAllocator
 
 
 class Reverse:
-    """y[b, i] = x[b, n-1-i] through shared memory by cp.async, 128 columns; faults: barrier, wait, commit, end, start."""
+    """y[b, i] = x[b, n-1-i] through shared memory by cp.async, 128 columns; faults: barrier, wait, commit, end,
+    start."""
 
     def __init__(self, fault: str = ""):
         self.fault = fault
@@ -42,7 +43,8 @@ class Reverse:
 
 
 class RowSums:
-    """y[b] = x[b, :].sum() by 4 warps; faults: barrier (between phases), reuse (of the buffer), lanes (no sync_warp)."""
+    """y[b] = x[b, :].sum() by 4 warps; faults: barrier (between phases), reuse (of the buffer), lanes (no
+    sync_warp)."""
 
     def __init__(self, fault: str = ""):
         self.fault = fault
@@ -107,7 +109,8 @@ class Scatter:
 
 
 class TwoPhases:
-    """Global scratch inside one CTA: warp w writes, after a barrier another warp reads. Faults: barrier, scratch (short)."""
+    """Global scratch inside one CTA: warp w writes, after a barrier another warp reads. Faults: barrier, scratch
+    (short)."""
 
     def __init__(self, fault: str = ""):
         self.fault = fault

@@ -1,4 +1,5 @@
-"""c = a @ b.T (64 x 64 tiles, bf16) in the multistage form: cp.async into swizzled shared memory, ldmatrix, warp MMA, and an
+"""c = a @ b.T (64 x 64 tiles, bf16) in the multistage form: cp.async into swizzled shared memory, ldmatrix, warp
+MMA, and an
 epilogue that goes through shared memory by stmatrix.
 
 Four warps as 2 x 2. STAGES - 1 tiles are in flight while one is multiplied; one barrier per step.

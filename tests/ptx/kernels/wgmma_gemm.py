@@ -19,7 +19,8 @@ class WgmmaGemm:
     """`groups` warpgroups of 64 rows, `tile_n` columns, `depth` k per stage; a_major / b_major "k" or "mn"."""
 
     def __init__(
-        self, groups: int = 1, tile_n: int = 64, depth: int = 64, stages: int = 2, a_major: str = "k", b_major: str = "k",
+        self, groups: int = 1, tile_n: int = 64, depth: int = 64, stages: int = 2,
+        a_major: str = "k", b_major: str = "k",
         a_from_registers: bool = False,
     ):  # fmt: skip
         self.groups, self.tile_m, self.tile_n, self.depth, self.stages = groups, 64 * groups, tile_n, depth, stages
