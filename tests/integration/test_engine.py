@@ -11,27 +11,11 @@ from typing import Any
 import hf_reference
 import pytest
 import torch
+from support import ARCHITECTURES, DOCUMENT, Architecture, rendered
 
 from cutedsl_kernels import sparse_moe_ref
 
 pytestmark = pytest.mark.engine
-
-# Architectures that the CPU engine runs, with what to compare a sparse model to besides the definition inside the
-# engine: True = the definition inside the transformers model. Not so: deepseek-v2 (transformers and vLLM give a
-# random checkpoint different logits, dense as well), llama4 (transformers runs every expert on every token) and
-# qwen3-next (bf16 only on the CPU). qwen3.5-moe cannot be loaded: its image processor needs torchvision, which has no
-# build for this environment; its text model's experts are qwen3-next's.
-ARCHITECTURES = {
-    "olmoe": True,
-    "mixtral": True,
-    "qwen3-moe": True,
-    "qwen2-moe": True,
-    "granite-moe": True,
-    "gpt-oss": True,
-    "deepseek-v2": False,
-    "llama4": False,
-    "qwen3-next": False,
-}
 
 
 def sequences(seed: int, count: int = 2, length: int = 48) -> list[list[int]]:
@@ -59,16 +43,22 @@ def recorded_setting(engine: Any, texts: list[list[int]], target: float, skip: f
     }
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "architecture", [a for a in ARCHITECTURES if a.engine], ids=lambda architecture: architecture.checkpoint
+)
 def test_equals_stock_when_dense_and_the_definition_when_sparse(
-    name: str, checkpoint: Callable[[str], str], engine: Callable[..., Any], seed: int, monkeypatch: pytest.MonkeyPatch
+    architecture: Architecture,
+    checkpoint: Callable[[str], str],
+    engine: Callable[..., Any],
+    seed: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """fp32, so that nothing but an error makes a difference: routing and thresholds decide the same way everywhere."""
     from cutedsl_kernels.integration.vllm import method
 
-    folder, texts = checkpoint(name), sequences(seed)
-    exact = name != "qwen3-next"
-    options = {"dtype": "float32" if exact else "bfloat16", "max_model_len": 128}
+    folder, texts = checkpoint(architecture.checkpoint), sequences(seed)
+    exact = architecture.dtype == "float32"
+    options = {"dtype": architecture.dtype, "max_model_len": 128}
     stock = scores(engine(folder, dense=True, **options), texts)[0]
     ours = engine(folder, record=True, **options)
     top_k = ours.identity.top_k
@@ -78,7 +68,7 @@ def test_equals_stock_when_dense_and_the_definition_when_sparse(
     monkeypatch.setattr(method, "sparse_moe", sparse_moe_ref)
     defined = scores(ours, texts, [setting])[0]
     model = None
-    if ARCHITECTURES[name]:
+    if "transformers" in architecture.definition:
         model = hf_reference.load(folder)
         hf_reference.make_sparse(model, list(setting.values()))
     for i, text in enumerate(texts):
@@ -163,3 +153,9 @@ def test_compiled_engine_equals_eager(
     found = scores(compiled, texts, [setting])[0]
     for i in range(len(texts)):
         torch.testing.assert_close(found[i], expected[i], atol=2e-3, rtol=0)
+
+
+@pytest.mark.cpu
+def test_the_documented_table_is_what_is_tested() -> None:
+    text = DOCUMENT.read_text()
+    assert rendered(text) == text, "run python tests/integration/support.py"
