@@ -1,5 +1,5 @@
-"""The search, for each bin: compile and time what the cost model ranks first; twice, learn from that which values of
-which field pay, and time what they rank first; time the best again; keep the simplest of the equally fast."""
+"""The search, for each bin: compile and time what the cost model ranks first; four times, learn from that which values
+of which field pay, and time what they rank first; time the best again; keep the simplest of the equally fast."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .space import NEIGHBOURS, Bin, TunedLayer, candidates, guided, inherited, s
 from .store import Store
 from .timers import PlanFailure, Timer
 
-GUIDED_ROUNDS = 2  # after the first pass; each times half as many plans again
+GUIDED_ROUNDS = 4  # after the first pass; each times half as many plans again
 FINALISTS = 3  # plans timed precisely after the first pass, dense besides
 TIE = 0.01  # plans closer than this, or than the spread of their replays, count as equally fast
 LARGEST_TIE = 0.02  # a choice may never be slower than dense by more

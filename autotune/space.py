@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from cutedsl_kernels.compile import KernelSpec, fused_spec
-from cutedsl_kernels.compile.specs import staged_spec
+from cutedsl_kernels.compile import KernelSpec
+from cutedsl_kernels.compile.specs import plan_spec
 from cutedsl_kernels.configs import (
     CONFIG_TYPES,
-    FusedConfig,
     Plan,
-    TileConfig,
     illegal_reason,
     legal_plans,
 )
@@ -25,7 +23,7 @@ from cutedsl_kernels.tuned_table import Measurement
 
 SIMPLICITY = ("dense", "fused", "staged")  # of two plans equally fast the one named first is taken
 WORTH_TRYING = 1.6  # times the fastest by the cost model
-RIDGE = 0.1
+EFFECT, KIND_EFFECT, NOISE = 0.07, 0.3, 0.02  # standard deviations of logarithms of times
 NEIGHBOURS = 3  # plans a size between two powers of two takes over from the next power of two
 
 
@@ -104,39 +102,36 @@ def candidates(layer: TunedLayer, where: Bin, gpu: Gpu, count: int) -> list[Plan
 
 
 def guided(layer: TunedLayer, where: Bin, gpu: Gpu, measured: Mapping[Plan, Measurement], count: int) -> list[Plan]:
-    """``count`` plans not measured yet that should be fastest by what was measured.
+    """``count`` plans not measured yet that may be fastest by what was measured, most promising first.
 
-    The logarithm of measured over modelled time is taken for a sum of one effect for each value of each field, fitted
-    by ridge regression to all plans of the kind that have a time.
+    The logarithm of measured over modelled time is taken for the sum of an effect of the kind and one of each value of
+    each field, normally distributed around 0 (EFFECT, KIND_EFFECT) with normal noise (NOISE). What is left of a plan's
+    uncertainty counts in its favour, so values that were not tried are, where they could still win.
     """
-    order = [(us, plan) for us, plan in ranked(layer, where, gpu) if plan.config is not None]
-    modelled = {plan: us for us, plan in order}
-    predicted: list[tuple[float, tuple[int, int, str], Plan]] = []
+    chosen: list[tuple[float, Plan]] = []
     for kind in CONFIG_TYPES:
-        plans = [plan for _, plan in order if plan.kind == kind]
-        known = [
-            (plan, m.us) for plan, m in measured.items() if m.us is not None and plan in modelled and plan.kind == kind
-        ]
-        if not known:
+        order = [(us, plan) for us, plan in ranked(layer, where, gpu) if plan.kind == kind]
+        if not order:
             continue
-        columns = {pair: i for i, pair in enumerate(sorted({pair for plan in plans for pair in _fields(plan)}))}
-
-        def features(plan: Plan, columns: Mapping[tuple[str, int], int] = columns) -> np.ndarray:
-            row = np.zeros(len(columns) + 1)
-            row[[columns[pair] for pair in _fields(plan)]] = 1.0
-            row[-1] = 1.0
-            return row
-
-        x = np.stack([features(plan) for plan, _ in known])
-        y = np.array([math.log(us / modelled[plan]) for plan, us in known])
-        ridge = RIDGE * np.eye(x.shape[1])
-        ridge[-1, -1] = 0.0
-        effects = np.linalg.solve(x.T @ x + ridge + 1e-9 * np.eye(len(ridge)), x.T @ y)
-        for plan in plans:
-            if plan not in measured:
-                us = modelled[plan] * math.exp(float(features(plan) @ effects))
-                predicted.append((us, simplicity(plan), plan))
-    return [plan for _, _, plan in sorted(predicted, key=lambda row: row[:2])[:count]]
+        modelled = np.log([us for us, _ in order])
+        columns = {pair: i for i, pair in enumerate(dict.fromkeys(p for _, plan in order for p in _fields(plan)))}
+        x = np.zeros((len(order), len(columns) + 1))
+        for row, (_, plan) in zip(x, order, strict=True):
+            row[[columns[pair] for pair in _fields(plan)]] = EFFECT
+            row[-1] = KIND_EFFECT
+        times = [m.us if (m := measured.get(plan)) is not None else None for _, plan in order]
+        known = [i for i, us in enumerate(times) if us is not None]
+        y = np.array([math.log(times[i] or 1.0) - modelled[i] for i in known])
+        precision = np.eye(x.shape[1]) + x[known].T @ x[known] / NOISE**2
+        mean = x @ np.linalg.solve(precision, x[known].T @ y / NOISE**2)
+        open_plans = [i for i, (_, plan) in enumerate(order) if plan not in measured]
+        for _ in range(min(count, len(open_plans))):
+            deviation = np.sqrt(np.einsum("ij,ji->i", x[open_plans], np.linalg.solve(precision, x[open_plans].T)))
+            hoped = modelled[open_plans] + mean[open_plans] - deviation
+            best = open_plans.pop(int(np.argmin(hoped)))
+            chosen.append((float(hoped.min()), order[best][1]))
+            precision += np.outer(x[best], x[best]) / NOISE**2  # as if measured: the next pick should tell more
+    return [plan for _, plan in sorted(chosen, key=lambda pair: (pair[0], simplicity(pair[1])))[:count]]
 
 
 def _fields(plan: Plan) -> list[tuple[str, int]]:
@@ -164,16 +159,8 @@ def specs_of(layer: TunedLayer, plan: Plan, *, every_use: bool = False) -> list[
     uses = [(layer.router_weighted, False)]
     if every_use:
         uses = [(weighted, mapped) for weighted in (True, False) for mapped in (False, True)]
-    return [_spec(layer, plan.config, weighted, mapped) for weighted, mapped in uses]
-
-
-def _spec(layer: TunedLayer, config: TileConfig, weighted: bool, mapped: bool) -> KernelSpec:
-    make: Callable[..., KernelSpec] = fused_spec if isinstance(config, FusedConfig) else staged_spec
-    return make(
-        layer.shape,
-        config,
-        activation=layer.activation,
-        router_weighted=weighted,
-        weight_on_input=layer.weight_on_input,
-        has_expert_map=mapped,
-    )
+    common = {"activation": layer.activation, "weight_on_input": layer.weight_on_input}
+    return [
+        plan_spec(plan, layer.shape, router_weighted=weighted, has_expert_map=mapped, **common)
+        for weighted, mapped in uses
+    ]

@@ -27,14 +27,12 @@ import json, sys, time
 started = time.perf_counter()
 import torch
 from cutedsl_kernels import MoEShape
-from cutedsl_kernels.compile import compile_count, compile_kernel, fused_spec
-from cutedsl_kernels.compile.specs import staged_spec
+from cutedsl_kernels.compile import compile_count, compile_kernel
+from cutedsl_kernels.compile.specs import plan_spec
 from cutedsl_kernels.configs import Plan
 imported = time.perf_counter()
 shape, plan, activation = json.loads(sys.argv[1])
-plan = Plan.from_json(plan)
-make = {"fused": fused_spec, "staged": staged_spec}[plan.kind]
-spec = make(MoEShape(**shape), plan.config, activation=activation)
+spec = plan_spec(Plan.from_json(plan), MoEShape(**shape), activation=activation)
 import cutlass
 loaded = time.perf_counter()
 compile_kernel(spec)

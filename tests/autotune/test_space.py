@@ -64,25 +64,30 @@ def test_shape_without_kernels_has_dense_only() -> None:
 
 
 def test_guided_finds_the_field_values_that_pay(seed: int) -> None:
-    """A world in which one field is worth 30 %: after measurements that show it, only such plans are suggested."""
+    """A world in which one field is worth 30 %: after measurements that show it, such a plan is suggested first."""
     where = Bin(8, 0.845)
     plans = [plan for plan in legal_plans(LAYER.shape, 8) if plan.kind == "fused"]
     modelled = {p: estimate_us(p, LAYER.shape, 8, 0.845, Gpu()) for p in plans}
     near = [p for p in plans if modelled[p] < 1.1 * min(modelled.values())]
     good = lambda p: p.config.updown_warps == 16  # noqa: E731
     assert any(map(good, near))
-    shown = [p for p in near if good(p)][:2] + [p for p in near if not good(p)][:4]
+    shown = [p for p in near if good(p)][:3] + [p for p in near if not good(p)][:6]
     measured = {p: Measurement(p, us=modelled[p] * (0.7 if good(p) else 1.0)) for p in shown}
-    suggested = guided(LAYER, where, Gpu(), measured, 4)
-    assert len(suggested) == 4
+    suggested = guided(LAYER, where, Gpu(), measured, 3)
+    assert len(suggested) == 3
     assert not set(suggested) & set(measured)
-    assert all(good(plan) for plan in suggested)
+    assert good(suggested[0])
 
 
-def test_guided_without_measurements_suggests_nothing() -> None:
-    assert guided(LAYER, Bin(8, 0.8), Gpu(), {}, 4) == []
-    failed = {plan: Measurement(plan, failure="no") for plan in candidates(LAYER, Bin(8, 0.8), Gpu(), 3)}
-    assert guided(LAYER, Bin(8, 0.8), Gpu(), failed, 4) == []
+def test_guided_without_a_time_goes_by_the_model() -> None:
+    """Failures teach nothing about times; they are only not suggested again."""
+    where = Bin(8, 0.8)
+    failed = {plan: Measurement(plan, failure="no") for plan in candidates(LAYER, where, Gpu(), 3)}
+    suggested = guided(LAYER, where, Gpu(), failed, 4)
+    assert len(suggested) == 4
+    assert not set(suggested) & set(failed)
+    everything = {plan: Measurement(plan, us=1.0) for plan in legal_plans(LAYER.shape, 8)}
+    assert guided(LAYER, where, Gpu(), everything, 4) == []
 
 
 def test_inherited_plans_are_few_and_legal() -> None:
