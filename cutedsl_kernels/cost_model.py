@@ -16,6 +16,20 @@ BYTES_PER_WEIGHT = 2  # bf16
 
 
 @dataclass(frozen=True)
+class DensePath:
+    """A dense implementation: microseconds besides the transfer, share of the copy bandwidth, TFLOP/s it reaches."""
+
+    fixed_us: float
+    copy_share: float
+    tflops: float
+
+
+# Fitted to an H200, 2026-11-23, bench/results: qwen3.5-35b-a3b, T = 1 to 16384.
+VLLM_DENSE = DensePath(12.0, 0.97, 320.0)  # vLLM's Triton kernel: the dense path inside vLLM
+TORCH_DENSE = DensePath(170.0, 0.66, 115.0)  # torch.nn.functional.grouped_mm with sorting and scattering: standalone
+
+
+@dataclass(frozen=True)
 class Gpu:
     """What the model needs to know of a GPU. ``name``: as the driver gives it. ``copy_gbps``: a device-to-device copy,
     bytes read plus bytes written, GB/s. ``dense_tflops``: bf16, reached by a grouped GEMM on MoE shapes."""
@@ -25,6 +39,7 @@ class Gpu:
     copy_gbps: float = 4200.0
     dense_tflops: float = 320.0
     driver: str = ""
+    dense: DensePath = VLLM_DENSE
 
 
 @dataclass(frozen=True)
@@ -60,13 +75,11 @@ def layer_flops(shape: MoEShape, num_tokens: int, inactive: float) -> float:
     return 6.0 * num_tokens * shape.top_k * (1 - inactive) * shape.hidden_size * shape.intermediate_size
 
 
-DENSE_FIXED_US = 12.0  # two products, activation, alignment: from the H200 figures at T = 1
-DENSE_COPY_SHARE = 0.97
 FUSED_FIXED_US = 6.5  # launch, routing scan, first and last latencies. Measured on an H200, 2026-11-23 (E=256, H=2048,
 FUSED_COPY_SHARE = 1.08  # I=512, 84.5 %): 13.0 us at T=1, 46 at 8, 130 at 32, 195 at 64; 136 and 147 at T=32 with
 FUSED_MOST = 0.95  # 24 and 16 rows in the row ring instead of 32. Share of the copy with rings of any size, and at most
 STAGED_FIXED_US = 15.0  # five dependent launches. Same shape: 198 us at T=64, 343 at 256, 431 at 512
-STAGED_COPY_SHARE = 0.95
+STAGED_COPY_SHARES = {16: 0.95, 32: 0.91, 64: 0.77}  # by token block: 343, 356 and 402 us at T=256
 STAGED_TFLOPS_SHARE = 0.5  # of dense_tflops: gathered rows, short N. Assumed
 IN_FLIGHT_BYTES = 45 * 1024  # per SM; less than this in flight does not cover the DRAM latency
 
@@ -76,8 +89,8 @@ def estimate_us(
 ) -> float:
     """Expected microseconds of one layer under ``plan``; float('inf') for a CPU plan."""
     if plan.kind == "dense":
-        moved = dense_bytes(shape, num_tokens, pair_skip).total / (gpu.copy_gbps * 1e3 * DENSE_COPY_SHARE)
-        return DENSE_FIXED_US + max(moved, layer_flops(shape, num_tokens, pair_skip) / (gpu.dense_tflops * 1e6))
+        moved = dense_bytes(shape, num_tokens, pair_skip).total / (gpu.copy_gbps * 1e3 * gpu.dense.copy_share)
+        return gpu.dense.fixed_us + max(moved, layer_flops(shape, num_tokens, pair_skip) / (gpu.dense.tflops * 1e6))
     if isinstance(plan.config, FusedConfig):
         return _fused_us(plan.config, shape, num_tokens, sparsity, gpu, pair_skip)
     if isinstance(plan.config, StagedConfig):
@@ -133,5 +146,5 @@ def _staged_us(
     moved = layer_bytes(shape, num_tokens, sparsity, pair_skip)
     weights = (moved.gate + moved.up_down) * (1 + 0.3 * (blocks - 1)) + moved.tokens
     flops = layer_flops(shape, num_tokens, pair_skip) * (1 + 2 * union) / 3 * max(1.0, 16 / max(in_block, 1.0))
-    memory_us = weights / (gpu.copy_gbps * 1e3 * STAGED_COPY_SHARE)
+    memory_us = weights / (gpu.copy_gbps * 1e3 * STAGED_COPY_SHARES[config.token_block])
     return STAGED_FIXED_US + max(memory_us, flops / (gpu.dense_tflops * 1e6 * STAGED_TFLOPS_SHARE))

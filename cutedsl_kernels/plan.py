@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import torch
 
 from .configs import FusedConfig, Plan, TileConfig, illegal_reason, legal_plans
-from .cost_model import Gpu, estimate_us
+from .cost_model import TORCH_DENSE, Gpu, estimate_us
 from .environment import gpu_of
 from .shapes import MoEShape
 from .tuned_table import find_table, forget_tables
@@ -31,7 +32,8 @@ def plan_for(
     sparsity: share of inactive neurons over all pairs, skipped ones included; pair_skip: share of pairs skipped whole.
     From the tuned table of the nearest bucket of tokens above where there is one, else by the cost model. Never fails
     for lack of a table or a GPU; ValueError for a number of tokens or a share out of range. Remembered: a repeated
-    call is a dictionary lookup. forget_plans() makes it look at the files again.
+    call is a dictionary lookup. forget_plans() makes it look at the files again. A ``Gpu`` instead of a device says
+    which dense path the plans compete with (``Gpu.dense``); for a device it is the library's own, torch's grouped_mm.
     """
     if num_tokens < 0:
         raise ValueError(f"num_tokens must be at least 0, got {num_tokens}")
@@ -43,7 +45,7 @@ def plan_for(
     elif torch.device(device).type == "cpu":
         return Plan("cpu")
     else:
-        gpu = gpu_of(device)
+        gpu = replace(gpu_of(device), dense=TORCH_DENSE)
     table = find_table(shape, gpu)
     if table is not None:
         tuned = table.lookup(num_tokens, sparsity, pair_skip)

@@ -95,6 +95,7 @@ class LayerState:
         A batch runs the plan of the nearest bucket above, so that nothing is chosen or compiled while serving; larger
         batches than the last bucket run dense. Returns the number of kernels compiled.
         """
+        from ...environment import gpu_of
         from ...launch import ASSUMED_PAIR_SKIP, warmup
 
         shape = self.weights.shape(self.top_k)
@@ -104,7 +105,7 @@ class LayerState:
         for bucket in sorted(set(buckets)):
             plan = Plan("dense")
             if self.sparsity > 0 and supports_kernels(self.weights):
-                plan = plan_for(shape, bucket, aim, device, skipped, self.activation)
+                plan = plan_for(shape, bucket, aim, gpu_of(device), skipped, self.activation)
             if plan.kind != "dense":
                 try:
                     compiled += warmup(
