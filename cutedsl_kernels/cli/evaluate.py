@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -34,6 +34,13 @@ def evaluate(
     max_tokens: Annotated[int, typer.Option(help="Tokens to evaluate on, spread over the text.")] = 8192,
     max_len: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
     tensor_parallel_size: Annotated[int, typer.Option(help="Ranks to shard the model over.")] = 1,
+    details: Annotated[
+        bool, typer.Option(help="Also: spread, mask overlap, greedy agreement (in plain torch; needs memory for both).")
+    ] = False,
+    oracle: Annotated[bool, typer.Option(help="With the details: selection by the true contribution.")] = False,
+    tasks: Annotated[
+        str | None, typer.Option(help="Comma-separated lm-eval tasks, or `paper` for the paper's five; needs lm-eval.")
+    ] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write all figures here.")] = None,
     plot: Annotated[
         Path | None, typer.Option(help="Write a plot of quality over sparsity here (png, svg, pdf).")
@@ -44,14 +51,17 @@ def evaluate(
 
     from ..quality.engine_eval import compare_targets, start_engine
     from ..quality.report import Row, check_writable, plot_quality, print_layers, print_rows, write_json
+    from ..quality.tasks import prepare_tasks, run_tasks
     from ..quality.text import cut_sequences, read_texts
 
     targets = check_targets(target or DEFAULT_TARGETS)
     check_counts(max_tokens=max_tokens, max_len=max_len, tensor_parallel_size=tensor_parallel_size)
     check_writable("--json", json_path)
     check_writable("--plot", plot)
+    wanted_tasks = None if tasks is None else prepare_tasks(tasks)
     words, text_hash = read_texts(text)
     console = Console()
+    more: dict[str, Any] = {}
     series: dict[str, list[Row]] = {}
     chosen: list[Path | None] = list(profile) if profile else [None]
     for path in chosen:
@@ -70,13 +80,40 @@ def evaluate(
             "[dim]skipped: pairs skipped whole; flips: top-1 changed; bytes: expert bytes read for one token[/dim]"
         )
         print_layers(console, rows)
-        series[name if name not in series else str(path)] = rows
+        name = name if name not in series else str(path)
+        series[name] = rows
+        if details or oracle:
+            found = run_details(model, path, sequences, targets, oracle, console)
+            more[name] = {"details": [one.as_dict() for one in found]}
+        if wanted_tasks is not None:
+            scores = run_tasks(model, path, [0.0, *targets], wanted_tasks, console)
+            more.setdefault(name, {})["tasks"] = scores
     if json_path is not None:
         figures = {name: [row.as_dict() for row in rows] for name, rows in series.items()}
-        write_json(json_path, {"model": model, "text_sha256": text_hash, "profiles": figures})
+        write_json(json_path, {"model": model, "text_sha256": text_hash, "profiles": figures, "more": more})
     if plot is not None:
         plot_quality(plot, series, f"Quality over sparsity: {Path(model).name}")
         console.print(f"plot: {plot}")
+
+
+def run_details(
+    model: str, profile: Path | None, sequences: list[list[int]], targets: list[float], oracle: bool, console: Any
+) -> list[Any]:
+    """measure_details in plain torch, as a table. Returns its list."""
+    import torch
+
+    from ..integration.vllm.options import Options, find_profile
+    from ..quality.details import measure_details
+    from ..quality.hf import MoEModel
+    from ..quality.report import print_details
+    from ..sparsity import SparsityProfile
+
+    path = profile or find_profile(Options.collect(None), model)
+    opened = MoEModel.load(model, "cuda" if torch.cuda.is_available() else "cpu")
+    with console.status("measuring details"):
+        found = measure_details(opened, SparsityProfile.load(path), path, sequences, targets, oracle=oracle)
+    print_details(console, found)
+    return found
 
 
 def check_targets(targets: list[float] | tuple[float, ...]) -> list[float]:

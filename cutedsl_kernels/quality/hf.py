@@ -55,6 +55,8 @@ class Layer:
     tap: Tap | None = None
     least_best_weight: float = math.inf
     probing: bool = False
+    num_tokens: int = 0
+    new_call: bool = False
     probe: torch.Tensor | None = None
     down_norms: torch.Tensor = field(init=False)
 
@@ -64,6 +66,7 @@ class Layer:
     def forward(self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
         """hidden_states [T, H], topk_* [T, k] -> [T, H]. fp32 inside."""
         weights, inter = self.weights, self.weights.intermediate_size
+        self.num_tokens, self.new_call = hidden_states.shape[0], True
         rule = self.rule
         tau: torch.Tensor | None = None
         if rule is not None:

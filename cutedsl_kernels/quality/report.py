@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -15,6 +15,9 @@ from rich.table import Table
 
 from ..errors import UserError
 from .metrics import Quality, byte_gain_batch_1
+
+if TYPE_CHECKING:
+    from .details import Details
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,28 @@ def print_layers(console: Console, rows: Sequence[Row]) -> None:
         short = name[len(head) : len(name) - len(tail)]
         table.add_row(short, *(f"{cell.sparsity:.1%} ({cell.skipped_pairs:.0%})" for cell in cells))
     console.print(table)
+
+
+def print_details(console: Console, found: Sequence[Details]) -> None:
+    """Spread, overlap and agreement, one line per target."""
+    table = Table(title="Details (plain torch, fp32)", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    headings = ["target", "KL", "oracle", "std tok", "std exp", "IoU 2/4/8/16", "agree", "lost"]
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for one in found:
+        table.add_row(
+            f"{one.target:.0%}",
+            f"{one.kl_mean:.4f}",
+            "" if one.oracle_kl is None else f"{one.oracle_kl:.4f}",
+            f"{one.spread_tokens:.1%}",
+            f"{one.spread_experts:.1%}",
+            " ".join(f"{value:.2f}".lstrip("0") for value in one.iou.values()),
+            f"{one.agreement:.0f}",
+            f"{one.lost_tokens:.1%}",
+        )
+    console.print(table)
+    console.print("[dim]std: of sparsity over tokens and experts; IoU: masks of 2..16 tokens on one expert[/dim]")
+    console.print("[dim]agree: equal first tokens of greedy generations, of 64; lost: tokens without expert[/dim]")
 
 
 def _shared_ends(names: Sequence[str]) -> tuple[str, str]:
