@@ -106,3 +106,67 @@ def test_sparsity_and_tokens(run_ptx, seed, config, sparsity, tokens):
         seed, num_tokens=tokens, num_experts=4, top_k=2, hidden_size=128, intermediate_size=40, sparsity=sparsity
     )
     check_close(execute(run_ptx, problem, config, 3), problem)
+
+
+@pytest.mark.parametrize(
+    ("routing", "skip_pairs"),
+    [("one-expert", 0.0), ("repeated", 0.4), ("zipf", 0.9), ("uniform", 1.0)],
+    ids=["all-on-one-expert", "repeated-ids", "most-pairs-dropped", "all-pairs-dropped"],
+)
+def test_routings_and_dropped_pairs(run_ptx, seed, routing, skip_pairs):
+    problem = random_problem(
+        seed,
+        num_tokens=11,
+        num_experts=4,
+        top_k=2,
+        hidden_size=128,
+        intermediate_size=40,
+        routing=routing,
+        skip_pairs=skip_pairs,
+        sparsity=0.7,
+    )
+    check_close(execute(run_ptx, problem, NARROW, 2), problem)
+
+
+@pytest.mark.parametrize("experts", [1, 7])
+def test_remote_experts_and_wrong_ids(run_ptx, seed, experts):
+    """An expert map, ids past its end and negative ones; hidden units that do not divide evenly over the warps."""
+    problem = random_problem(
+        seed,
+        num_tokens=9,
+        num_experts=experts,
+        top_k=1,
+        hidden_size=192,
+        intermediate_size=24,
+        sparsity=0.5,
+        remote_experts=True,
+        invalid_ids=True,
+        router_weighted=False,
+    )
+    check_close(execute(run_ptx, problem, NARROW, 3), problem)
+
+
+@pytest.mark.parametrize(
+    ("activation", "on_input"), [("gelu", False), ("gelu_tanh", True), ("swigluoai", False)], ids=lambda value: str(value)
+)
+def test_activations_and_weight_on_input(run_ptx, seed, activation, on_input):
+    problem = random_problem(
+        seed,
+        num_tokens=6,
+        num_experts=3,
+        top_k=2,
+        hidden_size=64,
+        intermediate_size=16,
+        sparsity=0.6,
+        activation=activation,
+        apply_router_weight_on_input=on_input,
+    )
+    check_close(execute(run_ptx, problem, NARROW, 2), problem)
+
+
+def test_forty_tokens_on_one_expert(run_ptx, seed):
+    """Several blocks of one expert, the last one not full."""
+    problem = random_problem(
+        seed, num_tokens=40, num_experts=1, top_k=1, hidden_size=128, intermediate_size=40, sparsity=0.8
+    )
+    check_close(execute(run_ptx, problem, WIDE, 2), problem)
