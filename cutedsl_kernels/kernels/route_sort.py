@@ -53,7 +53,9 @@ class RouteSort:
     ):
         self.kernel(
             x, topk_ids, topk_weights, expert_map, pair_threshold, items, sorted_pairs, kept, scaled, total
-        ).launch(grid=(1 + self.helpers, 1, 1), block=(self.threads, 1, 1), stream=stream)
+        ).launch(
+            grid=(1 + self.helpers, 1, 1), block=(self.threads, 1, 1), stream=stream, min_blocks_per_mp=1
+        )  # else: 40 registers, and spills
 
     @cute.kernel
     def kernel(
@@ -169,7 +171,7 @@ class RouteSort:
     @cute.jit
     def number(self, totals, start, first_item, lane):
         """One warp: exclusive prefix sums over the experts of pairs and of items (token blocks)."""
-        experts, block = self.spec.num_experts, self.spec.token_block
+        experts = self.spec.num_experts
         chunk = (experts + 31) // 32
         pairs, blocks = I32(0), I32(0)
         for i in cutlass.range_constexpr(chunk):
@@ -177,7 +179,7 @@ class RouteSort:
             if expert < experts:
                 count = totals[expert]
                 pairs += count
-                blocks += (count + (block - 1)) // block
+                blocks += self.items_of(count)
         mine_pairs, mine_blocks = pairs, blocks
         for step in cutlass.range_constexpr(5):
             other_pairs = cute.arch.shuffle_sync_up(pairs, 1 << step, mask_and_clamp=0)
@@ -196,12 +198,18 @@ class RouteSort:
                 start[expert] = pairs
                 first_item[expert] = blocks
                 pairs += count
-                blocks += (count + (block - 1)) // block
+                blocks += self.items_of(count)
+
+    @cute.jit
+    def items_of(self, pairs: cutlass.Int32) -> cutlass.Int32:
+        """Items that an expert's pairs make. Unsigned, so that the division is a shift."""
+        block = self.spec.token_block
+        return I32(U32(pairs + (block - 1)) // block)
 
     @cute.jit
     def write_items(self, expert, count, start, first, items):
         block = self.spec.token_block
-        for b in cutlass.range((count + (block - 1)) // block, unroll=1):
+        for b in cutlass.range(self.items_of(count), unroll=1):
             self.write_item(items, first + b, expert, start + b * block, cutlass.min(count - b * block, I32(block)))
 
     @cute.jit
