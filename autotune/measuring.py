@@ -14,14 +14,14 @@ from .space import Bin
 from .timers import DeviceSetup, PlanFailure, Sample
 
 if TYPE_CHECKING:
-    from cutedsl_kernels.bench import baselines, check, problems, timing
+    from cutedsl_kernels.bench import check, problems, serving, timing
     from cutedsl_kernels.bench import layer as bench_layer
 else:
     try:
-        from cutedsl_kernels.bench import baselines, check, problems, timing
+        from cutedsl_kernels.bench import check, problems, serving, timing
         from cutedsl_kernels.bench import layer as bench_layer
     except ModuleNotFoundError:  # a checkout that is not installed: bench/ lies beside autotune/
-        from bench import baselines, check, problems, timing
+        from bench import check, problems, serving, timing
         from bench import layer as bench_layer
 
 QUICK_REPLAYS, PRECISE_REPLAYS = 4, 12
@@ -39,9 +39,8 @@ class Measuring:
         self._setup, self._device = setup, torch.device(setup.device)
         self.gpu = gpu_of(self._device) if self._device.type == "cuda" else Gpu(name="cpu")
         dense = "the library's grouped product"
-        self._vllm: baselines.VllmTriton | None = None
         if setup.dense == "vllm":
-            self._vllm, dense = baselines.VllmTriton(tune_seconds=0), "vLLM's fused_experts, its own config"
+            dense = "the plugin's, vLLM's Triton kernel under its own config"
         graph = "CUDA graph" if self._device.type == "cuda" else "host clock"
         self.timing = (
             f"{graph}, L2 cold, {setup.routing} routing, independent masks, median of {PRECISE_REPLAYS} replays; "
@@ -69,12 +68,11 @@ class Measuring:
         return Sample(found.median_us, found.iqr_us / found.median_us)
 
     def _is_vllm(self, plan: Plan) -> bool:
-        return plan.kind == "dense" and self._vllm is not None
+        return plan.kind == "dense" and self._setup.dense == "vllm"
 
     def _calls(self, plan: Plan) -> list[timing.Call]:
         if self._is_vllm(plan):
-            assert self._vllm is not None
-            return self._vllm.own_calls(self._batch)
+            return serving.vllm_dense_calls(self._batch, self._cutoffs)
         on_cpu = self._device.type == "cpu"
         return bench_layer.sparse_calls(self._batch, self._cutoffs, Plan("cpu") if on_cpu else plan)
 
@@ -104,6 +102,6 @@ class Measuring:
         self._where = None
         self._cutoffs = self._batch.cutoffs(problems.Rule(where.sparsity, where.pair_skip, layer.router_weighted))
         self._expected = check.expectations(self._batch, self._cutoffs)
-        if self._vllm is not None:
-            self._expected_dense = check.expectations(self._batch, self._batch.cutoffs(problems.Rule()))
+        if self._setup.dense == "vllm":
+            self._expected_dense = check.expectations(self._batch, self._cutoffs.without_neurons())
         self._where = where

@@ -38,6 +38,7 @@ from .problems import (
     make_weights,
 )
 from .records import CsvWriter, Machine
+from .serving import NoServing, vllm_dense_calls
 from .timing import Call, Timing, copy_bandwidth, prepare
 
 HEADER = (
@@ -178,6 +179,7 @@ class LayerBench:
         self,
         base: dict[str, str],
         counts: MaskCounts,
+        read: MaskCounts,
         rule: Rule,
         plan: str,
         config: str,
@@ -186,7 +188,8 @@ class LayerBench:
         error: float,
         reference: tuple[str, float] | None,
     ) -> None:
-        gbps = counts.bytes_read / timing.median_us * 1e-3
+        """counts: what the rule leaves active; read: what the path computes and reads."""
+        gbps = read.bytes_read / timing.median_us * 1e-3
         row = {
             **self.machine.values,
             **base,
@@ -199,7 +202,7 @@ class LayerBench:
             "us": f"{timing.median_us:.2f}",
             "gbps": f"{gbps:.0f}",
             "copy_share": f"{gbps / self.copy_gbps:.3f}",
-            "tflops": f"{counts.flops / timing.median_us * 1e-6:.2f}",
+            "tflops": f"{read.flops / timing.median_us * 1e-6:.2f}",
             "baseline": reference[0] if reference else "",
             "baseline_us": f"{reference[1]:.2f}" if reference else "",
             "ratio": f"{reference[1] / timing.median_us:.3f}" if reference else "",
@@ -213,7 +216,7 @@ class LayerBench:
         self.rows.append(row)
         if self.writer is not None:
             self.writer.write(row)
-        shown = plan + ("*" if choice == "auto" else "")
+        shown = plan + ("*" if choice in ("auto", "serving") else "")
         self.options.report(
             f"{base['model']:<18} {base['num_tokens']:>5} {counts.sparsity:>5.3f} {counts.pairs_skipped:>5.2f} "
             f"{row['mask_iou'] or '-':>5}  {shown:<18} {timing.median_us:>9.1f} {gbps:>6.0f} "
@@ -267,17 +270,27 @@ class Point:
             bench.once(f"{where}: plan {text} left out: {reason}")
             return
         cutoffs = batch.cutoffs(rule)
-        expected = expectations(batch, cutoffs)
+        counts, expected = batch.count(cutoffs), expectations(batch, cutoffs)
+        choice = text if text in ("auto", "serving") else "asked"
         for plan in plans:
-            # A dense plan gives the same result, but reads every neuron of the pairs it keeps.
-            own = cutoffs.without_neurons() if plan.kind == "dense" else cutoffs
             label = f"{where} s={rule.sparsity:g} skip={rule.pair_skip:g} {plan}"
-            timing, error = bench.measure(label, sparse_calls(batch, cutoffs, plan), expected)
+            name: str = plan.kind
+            if plan.kind == "dense" and text == "serving":
+                name, label = "dense-vllm", f"{label} of vLLM"
+                try:
+                    calls = vllm_dense_calls(batch, cutoffs)
+                except NoServing as reason:
+                    bench.once(f"{where}: plan serving left out: {reason}")
+                    continue
+                timing, error = bench.measure(label, calls, expectations(batch, cutoffs.without_neurons()))
+            else:
+                timing, error = bench.measure(label, sparse_calls(batch, cutoffs, plan), expected)
             if timing is None:
                 continue
             config = json.dumps(asdict(plan.config)) if plan.config is not None else "{}"
-            choice = "auto" if text == "auto" else "asked"
-            bench.row(self._base, batch.count(own), rule, plan.kind, config, choice, timing, error, self._reference)
+            # A dense plan reads every neuron of the pairs it keeps.
+            read = batch.count(cutoffs.without_neurons()) if plan.kind == "dense" else counts
+            bench.row(self._base, counts, read, rule, name, config, choice, timing, error, self._reference)
 
     def _dense_rows(self) -> tuple[str, float] | None:
         """Measures the baselines; name and time of the first that could be measured."""
@@ -298,7 +311,7 @@ class Point:
                 timing, error = bench.measure(label, calls, expected)
                 if timing is not None:
                     first = first or (name, timing.median_us)
-                    bench.row(self._base, counts, Rule(), name, config, "baseline", timing, error, first)
+                    bench.row(self._base, counts, counts, Rule(), name, config, "baseline", timing, error, first)
         return first
 
 
@@ -350,8 +363,8 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         "--plans",
         type=arguments.plan_list,
         default=["auto"],
-        help="auto, dense, fused, staged, fused:4 (the four best by the cost model) or fused[tile_neurons=32,...], "
-        "separated by commas outside brackets",
+        help="auto, serving (as inside vLLM), dense, fused, staged, fused:4 (the four best by the cost model) or "
+        "fused[tile_neurons=32,...], separated by commas outside brackets",
     )
     option(
         "--baselines",

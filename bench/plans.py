@@ -1,4 +1,4 @@
-"""Plans by name, for the command line: ``auto``, ``dense``, ``fused``, ``fused:4``, ``fused[tile_neurons=16]``."""
+"""Plans by name, for the command line: auto, serving, dense, fused, fused:4, fused[tile_neurons=16]."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from cutedsl_kernels import MoEShape, Plan, UserError, plan_for
 from cutedsl_kernels.configs import CONFIG_TYPES, PLAN_KINDS, TileConfig, illegal_reason, legal_plans
 from cutedsl_kernels.cost_model import estimate_us
 from cutedsl_kernels.environment import gpu_of
+
+from .serving import serving_plan
 
 _PATTERN = re.compile(r"(?P<kind>[a-z]+)(?::(?P<count>\d+)|\[(?P<fields>[^\]]*)\])?")
 
@@ -52,12 +54,14 @@ def resolve_plans(
     nothing of that name can run here."""
     match = _PATTERN.fullmatch(text.strip())
     kinds = [kind for kind in PLAN_KINDS if match is not None and kind == match["kind"]]
-    auto = match is not None and match["kind"] == "auto"
+    auto = match is not None and match["kind"] in ("auto", "serving")
     if match is None or not (kinds or auto):
-        choices = ", ".join(("auto", *PLAN_KINDS))
+        choices = ", ".join(("auto", "serving", *PLAN_KINDS))
         raise UserError(f"plan must be one of {choices}, or KIND:COUNT or KIND[field=value,...], got {text!r}")
     if device.type == "cpu":
         return [Plan("cpu")]
+    if match["kind"] == "serving":
+        return [serving_plan(shape, num_tokens, sparsity, pair_skip, device, activation)]
     if auto:
         return [plan_for(shape, num_tokens, sparsity, device, pair_skip, activation)]
     kind = kinds[0]

@@ -58,7 +58,7 @@ COLUMNS = (
     "pair_skip_target",
 )
 """The last nine: pair_skip (share of pairs skipped, counted), router_weighted (1 or 0), choice (what made this plan
-run: auto, asked, or baseline), iqr_us (distance between quartiles of us), error (relative L2 to the fp32
+run: auto, serving, asked, or baseline), iqr_us (distance between quartiles of us), error (relative L2 to the fp32
 reference), copy_gbps (the copy measured in the run, which copy_share refers to), dtype, iou_target
 (overlap the masks were made with, empty for independent masks), pair_skip_target (share asked for)."""
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from cutedsl_kernels import MoEShape
 from cutedsl_kernels.cost_model import dense_bytes, layer_bytes
 
+CHOICES = ("asked", "auto", "serving")  # of rows for the same case, those of the last count
+
 
 @dataclass(frozen=True, order=True)
 class Case:
@@ -51,8 +53,8 @@ class Measured:
 def measured(
     rows: Iterable[Mapping[str, str]], model: str, *, routing: str = "uniform", iou: str = ""
 ) -> dict[Case, list[Measured]]:
-    """By case, ordered by tokens. Of several rows for a case and T: the latest of the automatic choice or, where no
-    row has that, the fastest of the plans asked for."""
+    """By case, ordered by tokens. Of several rows for a case and T: the latest of the choice made inside vLLM, or of
+    the library's own, or the fastest of the plans asked for."""
     found: dict[tuple[Case, int], tuple[tuple[int, float, str], Measured]] = {}
     for row in rows:
         wanted = (row["model"], row["routing"], row["iou_target"]) == (model, routing, iou)
@@ -72,8 +74,8 @@ def measured(
             row["baseline"],
             float(row["baseline_us"]),
         )
-        auto = row["choice"] == "auto"
-        rank = (1, 0.0, row["date"]) if auto else (0, -one.us, "")
+        level = CHOICES.index(row["choice"])
+        rank = (level, 0.0, row["date"]) if level else (0, -one.us, "")
         key = (case, one.num_tokens)
         if key not in found or rank > found[key][0]:
             found[key] = (rank, one)

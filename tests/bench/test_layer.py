@@ -13,7 +13,9 @@ import pytest
 import torch
 from cutedsl_kernels.bench import layer
 from cutedsl_kernels.bench.plans import resolve_plans
+from cutedsl_kernels.bench.problems import Rule, make_batch, make_weights
 from cutedsl_kernels.bench.records import COLUMNS, CsvWriter, format_table, read_rows
+from cutedsl_kernels.bench.serving import NoServing, vllm_dense_calls
 
 from cutedsl_kernels import UserError
 from cutedsl_kernels.cli import build_app
@@ -166,3 +168,32 @@ def test_the_command_line_forwards(capsys: pytest.CaptureFixture[str]) -> None:
     assert result.exit_code == 0, result.output
     assert "cpu*" in result.output
     assert CliRunner().invoke(build_app(), ["bench", "layer", "--tokens", "x"]).exit_code == 2
+
+
+def test_the_serving_choice_on_a_cpu_is_the_back_end(tmp_path: Path) -> None:
+    path = tmp_path / "out.csv"
+    assert layer.main([*SMALL, "--tokens", "3", "--plans", "serving", "--csv", str(path)]) == 0
+    assert [(row["plan"], row["choice"]) for row in rows_of(path)] == [("torch-dense", "baseline"), ("cpu", "serving")]
+
+
+def test_the_plugins_dense_path_needs_a_gpu(seed: int) -> None:
+    batch = make_batch(make_weights(MoEShape(8, 2, 128, 64), 1, "cpu", torch.bfloat16, seed), 2, 4, calls=1, seed=seed)
+    with pytest.raises(NoServing, match="CUDA"):
+        vllm_dense_calls(batch, batch.cutoffs(Rule()))
+
+
+def test_the_plugin_is_found_in_a_checkout_that_is_not_installed(tmp_path: Path) -> None:
+    """Up to where it would touch a GPU: the imports that vllm_dense_calls makes."""
+    root = Path(__file__).parents[2]
+    program = (
+        "import sys\n"
+        f"sys.path[:] = [{str(root)!r}] + [p for p in sys.path if p] + [{str(Path(torch.__file__).parents[1])!r}]\n"
+        "from importlib.util import find_spec\n"
+        "assert find_spec('cutedsl_kernels.integration') is None\n"
+        "from bench import serving\n"
+        "serving.make_plugin_importable()\n"
+        "from cutedsl_kernels.integration.vllm.dense import run_dense\n"
+        "from cutedsl_kernels.integration.vllm.state import LayerState\n"
+    )
+    done = subprocess.run([sys.executable, "-S", "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
