@@ -8,7 +8,8 @@ import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint32
-from cutlass.memory import SmemAllocator
+
+from .compat import SmemAllocator
 
 SEGMENT = 256
 

@@ -5,7 +5,8 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32
 from cutlass.cute.nvgpu import cpasync
-from cutlass.memory import SmemAllocator
+
+from .compat import SmemAllocator
 
 
 class Reverse:

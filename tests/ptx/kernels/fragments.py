@@ -5,7 +5,8 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32
 from cutlass.cute.nvgpu import warp
-from cutlass.memory import SmemAllocator
+
+from .compat import SmemAllocator
 
 
 class MmaTile:

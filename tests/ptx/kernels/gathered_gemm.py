@@ -9,7 +9,8 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32
 from cutlass.cute.nvgpu import cpasync, warp
-from cutlass.memory import SmemAllocator
+
+from .compat import SmemAllocator
 
 TILE_N, TILE_K, PITCH = 64, 128, 136
 

@@ -4,9 +4,8 @@ cp.async with mbarriers (PipelineCpAsync), plain stores with named barriers, bul
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32
+from cutlass import Float32, Int32
 from cutlass.cute.nvgpu import cpasync
-from cutlass.memory import SmemAllocator
 from cutlass.pipeline import (
     Agent,
     CooperativeGroup,
@@ -15,6 +14,8 @@ from cutlass.pipeline import (
     PipelineUserType,
     make_pipeline_state,
 )
+
+from .compat import SmemAllocator
 
 STAGES, CHUNK = 3, 128
 
@@ -108,18 +109,18 @@ def _bulk_kernel(x: cute.Tensor, y: cute.Tensor):
             cute.arch.mbarrier_init(full + s, 1)
         cute.arch.mbarrier_init_fence()
     cute.arch.sync_threads()
-    line = cute.make_layout((CHUNK,))
-    atom = cute.make_copy_atom(cpasync.CopyBulkG2SOp(), Float32)
     s = Float32(0.0)
     for i in cutlass.range(chunks, unroll=1):
         stage, phase = i % STAGES, (i // STAGES) % 2
-        if warp == 0:
-            with cute.arch.elect_one():
-                cute.arch.mbarrier_arrive_and_expect_tx(full + stage, CHUNK * 4)
-            source = x.iterator + cute.assume(row * x.shape[1] + i * CHUNK, divby=4)
-            target = tile.iterator + cute.assume(stage * CHUNK, divby=4)
-            with cute.arch.elect_one():
-                cute.copy(atom, cute.make_tensor(source, line), cute.make_tensor(target, line), mbar_ptr=full + stage)
+        if tid == 0:
+            cute.arch.mbarrier_arrive_and_expect_tx(full + stage, CHUNK * 4)
+            source = x.iterator + (row * x.shape[1] + i * CHUNK)
+            target = tile.iterator + stage * CHUNK
+            # by hand: whether the copy atom elects a lane itself differs between releases of the DSL
+            cute.arch.inline_ptx(
+                "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [{$r0}], [{$r1}], {$r2}, [{$r3}];",
+                read_only_args=[target.toint(), source.toint(), Int32(CHUNK * 4), (full + stage).toint()],
+            )
         cute.arch.mbarrier_wait(full + stage, phase)
         if warp >= 1:
             s += tile[tid - 32, stage] + tile[tid + 32, stage]

@@ -5,7 +5,8 @@ import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32
-from cutlass.memory import SmemAllocator
+
+from .compat import SmemAllocator
 
 
 @cute.kernel

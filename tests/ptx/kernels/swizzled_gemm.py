@@ -10,7 +10,8 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32
 from cutlass.cute.nvgpu import cpasync, warp
-from cutlass.memory import SmemAllocator
+
+from .compat import SmemAllocator
 
 TILE, DEPTH, STAGES = 64, 64, 3
 

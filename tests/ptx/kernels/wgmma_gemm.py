@@ -11,8 +11,8 @@ import cutlass.utils.hopper_helpers as hopper
 from cutlass import BFloat16, Float32
 from cutlass.cute.nvgpu import cpasync
 from cutlass.cute.nvgpu import warpgroup as wg
-from cutlass.memory import SmemAllocator
-from cutlass.utils import LayoutEnum
+
+from .compat import LayoutEnum, SmemAllocator
 
 
 class WgmmaGemm:
