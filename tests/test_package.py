@@ -122,7 +122,7 @@ def test_readme_commands_exist() -> None:
     assert named <= targets
     from cutedsl_kernels.cli import COMMANDS
 
-    commands = set(re.findall(r"\bcutedsl-kernels ([a-z]+)\b", readme))
+    commands = set(re.findall(r"\bcutedsl-kernels ([a-z][\w-]*)", readme))
     assert commands
     assert commands <= set(COMMANDS)
     for link in re.findall(r"\]\(([^)#:]+)\)", readme):
