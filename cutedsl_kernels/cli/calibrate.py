@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -34,10 +34,14 @@ def calibrate(
             help="What a neuron is judged by: gate (the paper's), down, up-down or moments, each also with -routed: "
             "times the routing weight. docs/thresholds.md explains them."
         ),
-    ] = "gate-routed",
+    ] = "moments-routed",
     skip_pairs: Annotated[
-        float, typer.Option(help="Share of (token, expert) pairs to skip whole, those of lowest routing weight; 0..1.")
-    ] = 0.0,
+        str,
+        typer.Option(
+            help="Share of (token, expert) pairs to skip whole, those of lowest routing weight; 0..1, or auto: chosen "
+            "together with the sparsity."
+        ),
+    ] = "0",
     budget: Annotated[
         str,
         typer.Option(
@@ -62,8 +66,7 @@ def calibrate(
         raise UserError(f"--score must be one of {', '.join(SCORES)}, got {score!r}")
     if budget not in BUDGETS:
         raise UserError(f"--budget must be one of {', '.join(BUDGETS)}, got {budget!r}")
-    if not 0 <= skip_pairs < 1:
-        raise UserError(f"--skip-pairs must be a share in 0..1, got {skip_pairs:g}")
+    share = _share(skip_pairs)
     targets = sorted(set(target or DEFAULT_TARGETS))
     for value in targets:
         if not 0 < value < 1:
@@ -123,7 +126,7 @@ def calibrate(
                 text_sha256=text_hash,
                 max_len=min(max_len, limit - 1),
                 score=score,
-                skip_pairs=skip_pairs,
+                skip_pairs=share,
                 targets=targets,
                 budget=budget,
                 out=out,
@@ -133,11 +136,23 @@ def calibrate(
         engine.shutdown()
     profile.save(out)
     print(
-        f"{out}: {len(profile.layers)} layers, score {score}, budget {budget}, skipped pairs {skip_pairs:.0%}, "
+        f"{out}: {len(profile.layers)} layers, score {score}, budget {budget}, skipped pairs {skip_pairs}, "
         f"targets {targets[0]:g} to {targets[-1]:g}, from {tokens} tokens"
     )
     if profile.neurons is not None:
         print(f"{out.with_name(profile.neurons.file)}: per-neuron parts, {profile.neurons.size} bytes; keep it there")
+
+
+def _share(text: str) -> float | Literal["auto"]:
+    if text == "auto":
+        return "auto"
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1:
+        raise UserError(f"--skip-pairs must be a share in 0..1, or auto, got {text}")
+    return value
 
 
 def _too_short(tokens: int) -> None:

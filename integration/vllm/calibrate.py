@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import numpy as np
 
 from ...calibration import DEFAULT_TARGETS, LayerHistogram, LayerHistograms, layer_table
 from ...quality.budgets import (
@@ -20,14 +22,17 @@ from ...quality.budgets import (
 )
 from ...quality.engine_eval import setting_qualities
 from ...quality.scores import save_neuron_parts, score_named
+from ...quality.search import sparsity_for_bytes
 from ...sparsity import FORMAT, FORMAT_2, Calibration, Created, LayerTable, NeuronFile, SparsityProfile
 from .engine import SparseEngine
-from .neurons import neuron_parts
+from .neurons import neuron_parts, rho_caps
 
 BATCH_TOKENS = 8192
 REFINE_FROM = 0.5  # below this target a sparse model's routing is close enough to the dense one's
 REFINE_TOKENS = 8192
 BUDGET_TOKENS = 4096
+JOINT_GAINS = (1.5, 2.0, 2.5, 3.0, 3.5)
+JOINT_SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
 
 
 def batches(sequences: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
@@ -68,7 +73,7 @@ def calibrate_profile(
     text_sha256: str,
     max_len: int,
     score: str = "gate-routed",
-    skip_pairs: float = 0.0,
+    skip_pairs: float | Literal["auto"] = 0.0,
     targets: Sequence[float] = DEFAULT_TARGETS,
     budget: str = "uniform",
     out: Path | None = None,
@@ -76,29 +81,37 @@ def calibrate_profile(
 ) -> SparsityProfile:
     """The profile of the engine's model from a text: ``sequences`` of token ids.
 
-    ``out``: where the profile will be written. Scores with per-neuron parts write them beside it (neuron_file), and a
-    budget that is measured keeps its measurements there until the profile is made, so that it can be resumed.
-    First the dense model is recorded. A sparse model's layers see other inputs and routing weights than the dense
-    one's, so every row from REFINE_FROM on is then recorded again under its own first thresholds, on a part of the
-    text (refine_sequences). ``progress`` is told the tokens of each batch run; planned_tokens gives their sum.
-    Leaves the engine dense.
+    ``skip_pairs``: a share, or "auto": chosen together with the sparsity (joint_skip). ``out``: where the profile
+    will be written. Scores with per-neuron parts write them beside it (neuron_file), and a budget that is measured
+    keeps its measurements there until the profile is made, so that it can be resumed. First the dense model is
+    recorded. A sparse model's layers see other inputs and routing weights than the dense one's, so every row from
+    REFINE_FROM on is then recorded again under its own first thresholds, on a part of the text (refine_sequences).
+    ``progress`` is told the tokens of each batch run; planned_tokens gives their sum. Leaves the engine dense.
     """
-    engine.set_target(0.0)
     definition = score_named(score)
+    if definition.weight != "none" and out is None:
+        raise ValueError(
+            f"out must be given for the score {score}: its per-neuron parts are written beside the profile"
+        )
+    engine.set_target(0.0)
     parts = neuron_parts(engine, definition, _told_batches(sequences, progress))
     histograms = record(engine, sequences, progress)
     weighted, names = definition.router_weighted, list(histograms.layers)
     kind = "gate-routed" if weighted else "gate"
     key = {"text_sha256": text_sha256, "score": score, "tokens": histograms.tokens, **engine.identity.model_dump()}
     spread = layer_budget(engine, histograms.layers, budget, weighted, refine_sequences(sequences), out, key, progress)
+    shares = {n: (np.array([0.0, 1.0]), np.array([skip_pairs, skip_pairs])) for n in names if skip_pairs != "auto"}
+    if skip_pairs == "auto":
+        shares = joint_skip(engine, histograms.layers, spread, weighted, refine_sequences(sequences), progress)
     rows = []
     for target in targets:
         wanted = spread.at(target)
-        row = {n: histograms.layers[n].thresholds(wanted[n], score=kind, skip_pairs=skip_pairs) for n in names}
+        skip = {n: float(np.interp(target, *shares[n])) for n in names}
+        row = {n: histograms.layers[n].thresholds(wanted[n], score=kind, skip_pairs=skip[n]) for n in names}
         if target >= REFINE_FROM:
             engine.set_thresholds({n: (*row[n], weighted) for n in names}, sparsity=target)
             seen = record(engine, refine_sequences(sequences), progress).layers
-            row = {n: seen[n].thresholds(wanted[n], score=kind, skip_pairs=skip_pairs) for n in names}
+            row = {n: seen[n].thresholds(wanted[n], score=kind, skip_pairs=skip[n]) for n in names}
         rows.append(row)
     engine.set_target(0.0)
     tables = {name: layer_table(targets, [row[name] for row in rows]) for name in names}
@@ -167,6 +180,49 @@ def layer_budget(
     else:
         curves = fisher_curves(histograms, measured.costs, router_weighted=router_weighted)
     return Budget(allocate(curves, averages))
+
+
+def joint_skip(
+    engine: SparseEngine,
+    histograms: Mapping[str, LayerHistogram],
+    budget: Budget,
+    router_weighted: bool,
+    sequences: Sequence[Sequence[int]],
+    progress: Callable[[int], Any],
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Per layer (sparsities, shares of pairs to skip), for numpy.interp over the average sparsity.
+
+    For each of JOINT_GAINS (dense bytes over sparse bytes of one token) every share of JOINT_SHARES is tried with the
+    sparsity that reads the same bytes, and the one of least KL taken. No share leaves a recorded token without an
+    expert.
+    """
+    kind = "gate-routed" if router_weighted else "gate"
+    caps = {name: histograms[name].skippable(cap) for name, cap in rho_caps(engine).items()}
+    points = [
+        (gain, share, sparsity)
+        for gain in JOINT_GAINS
+        for share in JOINT_SHARES
+        if (sparsity := sparsity_for_bytes(share, 1 / gain)) is not None
+    ]
+    settings = []
+    for _, share, sparsity in points:
+        wanted = budget.at(sparsity)
+        settings.append(
+            {
+                name: (*h.thresholds(wanted[name], score=kind, skip_pairs=min(share, caps[name])), router_weighted)
+                for name, h in histograms.items()
+            }
+        )
+    text = sequences[: max(1, round(len(sequences) * BUDGET_TOKENS / sum(map(len, sequences))))]
+    progress((len(settings) + 1) * sum(map(len, text)))
+    best: dict[float, tuple[float, float, float]] = {}
+    for (gain, share, sparsity), quality in zip(points, setting_qualities(engine, text, settings), strict=True):
+        if gain not in best or quality.kl_mean < best[gain][0]:
+            best[gain] = (quality.kl_mean, sparsity, share)
+    path = sorted((sparsity, share) for _, sparsity, share in best.values())
+    grid = np.array([0.0, *(sparsity for sparsity, _ in path)])
+    shares = np.maximum.accumulate(np.array([0.0, *(share for _, share in path)]))
+    return {name: (grid, np.minimum(shares, caps[name])) for name in histograms}
 
 
 def refine_sequences(sequences: Sequence[Sequence[int]]) -> list[Sequence[int]]:

@@ -86,6 +86,10 @@ class NeuronMethods:
             found[name] = (unshard(state.moments.squares, layer, state).numpy(), tokens.numpy())
         return found
 
+    def sparsity_least_best(self) -> dict[str, float]:
+        """Per layer, the least routing weight that a token recorded so far gave its best expert."""
+        return {name: state.least_best_weight for name, (_, state) in self._sparsity_states().items()}
+
     def sparsity_norms(self) -> dict[str, np.ndarray]:
         """Norms of up and down rows, [E, 2, I] per layer, zero where another rank holds the part."""
         return {
@@ -123,6 +127,15 @@ def record_moments(engine: SparseEngine, batches: Iterator[Sequence[Sequence[int
                 found[name] = moments
     engine._call("sparsity_record_moments", False)
     return found
+
+
+def rho_caps(engine: SparseEngine) -> dict[str, float]:
+    """Per layer, the largest pair threshold that left every recorded token an expert."""
+    caps: dict[str, float] = {}
+    for part in engine._call("sparsity_least_best"):
+        for name, value in part.items():
+            caps[name] = min(value, caps.get(name, value))
+    return caps
 
 
 def gather_norms(engine: SparseEngine) -> dict[str, torch.Tensor]:

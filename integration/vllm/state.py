@@ -5,6 +5,7 @@ here.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -42,7 +43,7 @@ class LayerState:
     counters: int64 [4] per label (see count_active), filled while ``counting``. tp_size, tp_rank: how this layer's
     neurons are sharded (1 and 0 under expert parallelism). neuron_weights: c [E, I] of the score, None where it is 1:
     recorders see |act(gate)| * c, and a tau given as a number is divided by it. moments: of the up projection, while
-    they are being recorded.
+    they are being recorded. least_best_weight: least routing weight that a recorded token gave its best expert.
     """
 
     name: str
@@ -62,6 +63,7 @@ class LayerState:
     recorder: LayerHistogram | None = None
     neuron_weights: torch.Tensor | None = None
     moments: UpMoments | None = None
+    least_best_weight: float = math.inf
     counters: dict[str, torch.Tensor] = field(default_factory=dict)
     plans: list[tuple[int, Plan]] = field(default_factory=list)
 
@@ -171,6 +173,8 @@ class LayerState:
             )
         if self.recorder is None and not self.counting:
             return
+        if self.recorder is not None and topk_weights.numel():
+            self.least_best_weight = min(self.least_best_weight, float(topk_weights.amax(dim=1).min()))
         counts = self.counters.setdefault(self.label, torch.zeros(4, dtype=torch.int64, device=self.weights.device))
         for expert, magnitude, routing in expert_activations(
             hidden_states,
