@@ -1,7 +1,8 @@
 """The dense path for large T: torch's grouped matrix product over pairs sorted by expert, on the same re-laid weights.
 
 Every gate, up and down row of an expert that has a pair is read and multiplied; skipped pairs cost nothing. Inactive
-neurons are set to zero between the products, so that the result is that of sparse_moe_ref.
+neurons are set to zero between the products, so that the result is that of sparse_moe_ref up to the dtype: the gate is
+rounded to it before it meets the threshold, where the kernels compare in fp32.
 Nothing is synchronised with the host. Works on any device where torch has grouped_mm.
 """
 
