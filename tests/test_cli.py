@@ -110,7 +110,7 @@ def test_installed_command_and_help() -> None:
     assert result.returncode == 0
     assert result.stderr == ""
     for command in COMMANDS:
-        assert f" {command} " in result.stdout
+        assert f" {command.replace('_', '-')} " in result.stdout
 
 
 def test_installed_command_fails_in_one_line() -> None:

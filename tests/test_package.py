@@ -124,7 +124,7 @@ def test_readme_commands_exist() -> None:
 
     commands = set(re.findall(r"\bcutedsl-kernels ([a-z][\w-]*)", readme))
     assert commands
-    assert commands <= set(COMMANDS)
+    assert commands <= {name.replace("_", "-") for name in COMMANDS}
     for link in re.findall(r"\]\(([^)#:]+)\)", readme):
         assert (ROOT / link).exists(), link
     extras = set(re.findall(r"\.\[([a-z,]+)\]", readme))
