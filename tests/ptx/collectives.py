@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .floats import DECODE
+from .floats import DECODE, FP8, from_f16, pack, to_f16, unpack
 from .scalars import Unsupported
 
 if TYPE_CHECKING:
@@ -154,21 +154,50 @@ def stmatrix(
     m.store("shared", a, who, 8, [rows[:, 0], rows[:, 1]], mask, idx)
 
 
-def mma(form: str, a: list[np.ndarray], b: list[np.ndarray], c: list[np.ndarray], n: int) -> list[np.ndarray]:
-    """mma.sync.m16n8k{8,16}.row.col.f32.{bf16,f16}: D = A B + C. Products and sums in f32 (the hardware's order of
-    summation is unspecified)."""
-    m = re.fullmatch(r"m16n8k(8|16)\.row\.col\.f32\.(bf16|f16)\.\2\.f32", form)
-    if not m:
+_MMA = re.compile(
+    r"m16n8k(\d+)\.row\.col\.(f32|f16|s32)\.(bf16|f16|tf32|e4m3|e5m2|s8|u8)\.(bf16|f16|tf32|e4m3|e5m2|s8|u8)\.\2"
+)
+_BITS = {"bf16": 16, "f16": 16, "tf32": 32, "e4m3": 8, "e5m2": 8, "s8": 8, "u8": 8}
+
+
+def check_mma(form: str, a: int, b: int, c: int) -> None:
+    """Raise `Unsupported` unless mma can run `form` with that many fragment registers."""
+    m = _MMA.fullmatch(form)
+    if not m or (m[2] == "s32") != (m[3] in ("s8", "u8")) or (m[2] == "f16" and m[3] != "f16"):
         raise Unsupported(f"mma form {form}")
-    k, decode = int(m[1]), DECODE[m[2]]
-    warps, nk = n // 32, k // 8
-    if len(a) != 2 * nk or len(b) != nk or len(c) != 4:
-        raise Unsupported("number of fragment registers")
-    # lane = 4 * group + quad; A register 2*kk + half: row group + 8*half, columns 8*kk + 2*quad + (0, 1)
-    av = np.stack(a).reshape(nk, 2, warps, 8, 4).transpose(2, 1, 3, 0, 4)
-    am = decode(np.ascontiguousarray(av).view(u2).reshape(warps, 16, k))
-    bv = np.stack(b).reshape(nk, warps, 8, 4).transpose(1, 2, 0, 3)
-    bm = decode(np.ascontiguousarray(bv).view(u2).reshape(warps, 8, k))
+    words = int(m[1]) * _BITS[m[3]] // 128
+    if words not in (1, 2) or _BITS[m[3]] != _BITS[m[4]] or (a, b, c) != (2 * words, words, 2 if m[2] == "f16" else 4):
+        raise Unsupported(f"mma form {form} with {a}, {b}, {c} registers")
+
+
+def _elements(words: np.ndarray, ty: str) -> np.ndarray:
+    """Fragment words (..., u32) as numbers: f32, or f64 for integers (exact)."""
+    if ty in DECODE:
+        return DECODE[ty](words.view(u2))
+    if ty in ("e4m3", "e5m2"):
+        return FP8[ty + "x2"][words.view(u1)]
+    if ty == "tf32":  # the hardware ignores the low 13 bits
+        return (words & u4(0xFFFFE000)).view(f4)
+    return words.view(np.int8 if ty == "s8" else u1).astype(np.float64)
+
+
+def mma(form: str, a: list[np.ndarray], b: list[np.ndarray], c: list[np.ndarray], n: int) -> list[np.ndarray]:
+    """mma.sync.m16n8k*.row.col: D = A B + C. Products and sums in f32, or exact for integers (the hardware's order of
+    summation is unspecified)."""
+    m = _MMA.fullmatch(form)
+    assert m is not None
+    k, warps, words = int(m[1]), n // 32, len(b)
+    # lane = 4 * group + quad; A word 2 * i + half: row group + 8 * half, the quad's share of the i-th 16 bytes of k
+    av = np.stack(a).reshape(words, 2, warps, 8, 4).transpose(2, 1, 3, 0, 4)
+    am = _elements(np.ascontiguousarray(av), m[3]).reshape(warps, 16, k)
+    bv = np.stack(b).reshape(words, warps, 8, 4).transpose(1, 2, 0, 3)
+    bm = _elements(np.ascontiguousarray(bv), m[4]).reshape(warps, 8, k)
     d = np.matmul(am, bm.transpose(0, 2, 1))
     regs = d.reshape(warps, 2, 8, 4, 2).transpose(1, 4, 0, 2, 3).reshape(4, n)
-    return [regs[i] + c[i] for i in range(4)]
+    if m[2] == "f32":
+        return [regs[i] + c[i].view(f4) for i in range(4)]
+    if m[2] == "s32":
+        return [(regs[i].astype(i8) + c[i].view(np.int32)).astype(np.int32) for i in range(4)]
+    halves = [half for word in c for half in unpack(word)]
+    sums = [to_f16(regs[i] + from_f16(halves[i])) for i in range(4)]
+    return [pack(sums[0], sums[1]), pack(sums[2], sums[3])]

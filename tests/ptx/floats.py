@@ -279,3 +279,10 @@ def half_fma(ty: str, a: np.ndarray, b: np.ndarray, c: np.ndarray, relu_result: 
     inexact = np.isfinite(s) & (r.astype(f8) != s)
     r = np.where(inexact, (r.view(u4) | u4(1)).view(f4), r)
     return ENCODE[ty](relu(r) if relu_result else r)
+
+
+def half_from_integer(ty: str, x: np.ndarray) -> np.ndarray:
+    """cvt.rn.{bf16,f16}.<int>: one rounding, for integers of at most 32 bits."""
+    wide = x.astype(f8)
+    r = narrow(wide, "rz")
+    return ENCODE[ty](np.where(r.astype(f8) != wide, (r.view(u4) | u4(1)).view(f4), r))

@@ -98,12 +98,11 @@ def cvt(e: Emitter, x: Instruction, m: Mods) -> None:
         return e.write(dest, f"F.to_integer({a}, {CODE_NAMES[TYPES[d]]}, {rounding!r})", d)
     if is_float(d):
         rounding = rounding or "rn"
-        if d == "f64":
-            expr = f"{a}.astype(f8)"
-        else:
-            expr = f"F.from_integer({a}, {rounding!r})"
-            if d in ("bf16", "f16"):
-                raise Unsupported("integer to half precision")
+        if d in ("bf16", "f16"):
+            if rounding != "rn" or sat or size_of(s) > 4:
+                raise Unsupported("form of integer to half precision conversion")
+            return e.write(dest, f"F.half_from_integer({d!r}, {a})", "b16")
+        expr = f"{a}.astype(f8)" if d == "f64" else f"F.from_integer({a}, {rounding!r})"
         return e.write(dest, f"F.saturate({expr})" if sat else expr, d)
     if d not in INTS or s not in INTS:
         raise Unsupported(f"types .{d}.{s}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .barriers import BarrierOp
 from .blocks import Block
 from .codegen import Emitter, Mods, operation
+from .collectives import check_mma
 from .ops_memory import SCOPES, state_space
 from .parser import Instruction
 from .scalars import Unsupported
@@ -95,14 +96,13 @@ def mma(e: Emitter, x: Instruction, m: Mods) -> None:
         raise Unsupported("mma without .sync.aligned")
     form, m.left = ".".join(m.left), []
     d, a, b, c = (e.vector(q) for q in x.args)
+    check_mma(form, len(a), len(b), len(c))
     v = e.var()
-    regs = ", ".join(
-        "[" + ", ".join(e.full(q, ty) for q in group) + "]" for group, ty in ((a, "b32"), (b, "b32"), (c, "f32"))
-    )
+    regs = ", ".join("[" + ", ".join(e.full(q, "b32") for q in group) + "]" for group in (a, b, c))
     e.line(f"{v} = S.mma({form!r}, {regs}, n)")
     e.arrays = True
     for i, q in enumerate(d):
-        e.write(q, f"{v}[{i}]", "f32")
+        e.write(q, f"{v}[{i}]", {"f32": "f32", "s32": "s32", "f16": "b32"}[form.split(".")[3]])
 
 
 # ------------------------------------------------------------------ barriers

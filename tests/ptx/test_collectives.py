@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from .collectives import check_mma, mma
 from .ptx_snippets import HEAD, RACE_RAW, run_ptx_text
 
 pytestmark = pytest.mark.execute
@@ -113,3 +114,45 @@ def test_vector_reductions() -> None:
     body = "mov.b32 %r10, 0x3F803F80; red.global.add.noftz.v2.bf16x2 [%d1], {%r10, %r10}; ret; }"
     assert run_ptx_text(HEAD + body, halves, block=32) == []
     assert halves[0].tolist()[:2] == [0x42004200] * 2
+
+
+@pytest.mark.parametrize(
+    ("form", "per_word"),
+    [
+        ("m16n8k16.row.col.f32.bf16.bf16.f32", 2),
+        ("m16n8k8.row.col.f32.f16.f16.f32", 2),
+        ("m16n8k32.row.col.f32.e4m3.e5m2.f32", 4),
+        ("m16n8k16.row.col.s32.s8.u8.s32", 4),
+        ("m16n8k32.row.col.s32.u8.s8.s32", 4),
+        ("m16n8k8.row.col.f32.tf32.tf32.f32", 1),
+    ],
+)
+def test_mma_against_the_fragment_formulas_of_the_isa(form: str, per_word: int, seed) -> None:
+    """Fragments built element by element from the formulas of PTX ISA 9.7.14.5, for all element types."""
+    import torch
+
+    dtypes = {"bf16": torch.bfloat16, "f16": torch.float16, "e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2,
+              "s8": torch.int8, "u8": torch.uint8, "tf32": torch.float32}  # fmt: skip
+    shape, _, _, out, ta, tb, _ = form.split(".")
+    k, words = int(shape.split("k")[1]), int(shape.split("k")[1]) // (4 * per_word)
+    g = torch.Generator().manual_seed(seed)
+    low = 0 if "u8" in (ta, tb) else -4
+    a, b = (torch.randint(low, 5, (n, k), generator=g).to(dtypes[t]) for n, t in ((16, ta), (8, tb)))
+    raw_a, raw_b = (v.contiguous().view(torch.uint8).numpy().reshape(len(v), -1) for v in (a, b))
+    size = 4 // per_word
+    fa, fb = np.zeros((2 * words, 32, 4), np.uint8), np.zeros((words, 32, 4), np.uint8)
+    for lane in range(32):
+        group, quad = lane // 4, lane % 4
+        for w in range(2 * words):
+            column = (w // 2) * 4 * per_word + quad * per_word
+            fa[w, lane] = raw_a[group + 8 * (w % 2), column * size : (column + per_word) * size]
+        for w in range(words):
+            row = w * 4 * per_word + quad * per_word
+            fb[w, lane] = raw_b[group, row * size : (row + per_word) * size]
+    c = [np.zeros(32, np.uint32)] * 4
+    check_mma(form, 2 * words, words, 4)
+    d = mma(form, list(fa.view(np.uint32)[..., 0]), list(fb.view(np.uint32)[..., 0]), c, 32)
+    want = a.double() @ b.double().T
+    for lane in range(32):
+        for i in range(4):
+            assert d[i][lane] == want[lane // 4 + 8 * (i // 2), 2 * (lane % 4) + i % 2], (out, lane, i)

@@ -38,6 +38,20 @@ def test_mma_fragments(name: str, k: int, run_ptx, seed) -> None:
     assert torch.equal(c, a.float() @ b.float().T)
 
 
+def test_mma_with_f16_accumulators(run_ptx, seed) -> None:
+    import cutlass
+
+    from .kernels.fragments import MmaTile
+
+    fakes = _fake(cutlass.Float16, 16, 16), _fake(cutlass.Float16, 8, 16), _fake(cutlass.Float16, 16, 8)
+    g = torch.Generator().manual_seed(seed)
+    a, b = (torch.randint(-8, 9, (n, 16), generator=g).half() for n in (16, 8))
+    c = torch.empty(16, 8).half()
+    program = compile_dsl(MmaTile(cutlass.Float16, 16, cutlass.Float16), *fakes, _stream())
+    run_ptx(program, a, b, run_ptx.Uninit(c))
+    assert torch.equal(c, (a.float() @ b.float().T).half())
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_ldmatrix_and_stmatrix(count: int, transposed: bool, run_ptx) -> None:

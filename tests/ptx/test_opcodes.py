@@ -295,6 +295,18 @@ def test_integer_conversions() -> None:
     _same(got, [_round_exact(Fraction(v), "rz") for v in U64.tolist()])
 
 
+def test_integers_to_half_precision() -> None:
+    import torch
+
+    exact = torch.tensor([_signed(v, 32) for v in U32.tolist()], dtype=torch.float64)
+    for ty, dtype in (("bf16", torch.bfloat16), ("f16", torch.float16)):
+        got = run_snippet(f".reg .b16 h; cvt.rn.{ty}.s32 h, %a; cvt.u32.u16 %d, h;", 32, U32).astype(np.uint16)
+        back = torch.from_numpy(got.view(np.int16).copy()).view(dtype).double()
+        near = [torch.nextafter(back.to(dtype), torch.tensor(d, dtype=dtype)).double() for d in (-math.inf, math.inf)]
+        finite = back.isfinite()
+        assert all(((back - exact).abs() <= (n - exact).abs())[finite].all() for n in near)
+
+
 def test_bf16_and_f16_rounding(seed) -> None:
     import torch
 

@@ -10,14 +10,14 @@ from .compat import SmemAllocator
 
 
 class MmaTile:
-    """c (16 x 8, f32) = a (16 x k) @ b (8 x k).T, every element loaded and stored by CuTe's partitions."""
+    """c (16 x 8) = a (16 x k) @ b (8 x k).T, every element loaded and stored by CuTe's partitions."""
 
-    def __init__(self, dtype, k: int):
-        self.dtype, self.k = dtype, k
+    def __init__(self, dtype, k: int, acc=Float32):
+        self.dtype, self.k, self.acc = dtype, k, acc
 
     @cute.jit
     def __call__(self, a: cute.Tensor, b: cute.Tensor, c: cute.Tensor, stream: cuda.CUstream):
-        mma = cute.make_tiled_mma(warp.MmaF16BF16Op(self.dtype, Float32, (16, 8, self.k)))
+        mma = cute.make_tiled_mma(warp.MmaF16BF16Op(self.dtype, self.acc, (16, 8, self.k)))
         self.kernel(a, b, c, mma).launch(grid=(1, 1, 1), block=(32, 1, 1), stream=stream)
 
     @cute.kernel
