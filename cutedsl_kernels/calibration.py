@@ -3,7 +3,7 @@
 A layer is observed as a stream of pairs (token, expert) with routing weight r and gate activations |a_i|.
 LayerHistogram keeps, in bounded memory and mergeable over batches and ranks,
 
-    pairs   [1792]     pairs by r
+    pairs   [28672]    pairs by r
     gate    [112, 800] neurons by (r, |a|)
     routed  [112, 800] neurons by (r, |a| * r)
     gate_fine, routed_fine [51200]   neurons by the same scores, whatever r
@@ -30,10 +30,11 @@ from .sparsity import LayerTable, LayerThresholds
 from .weights import ExpertWeights
 
 SCORE_OCTAVES, SCORE_SPLIT = (-36, 14), 4  # bins from 2^-36 to 2^14, 2^4 to the octave
+COMMON_SHARE = 0.02  # of all pairs in one bin of r, 0.1 % wide: these pairs have the same routing weight
 # |silu(g)| piles up below its local maximum of 0.278 on the negative side: a bin there can hold 8 % of all neurons, and
 # a straight line through it is 2 points off. The fine bins give the course inside a coarse one.
 FINE_SPLIT = 10
-ROUTING_OCTAVES, ROUTING_SPLIT, PAIR_SPLIT = (-24, 4), 2, 6
+ROUTING_OCTAVES, ROUTING_SPLIT, PAIR_SPLIT = (-24, 4), 2, 10
 SCORE_BINS = (SCORE_OCTAVES[1] - SCORE_OCTAVES[0]) << SCORE_SPLIT
 ROUTING_BINS = (ROUTING_OCTAVES[1] - ROUTING_OCTAVES[0]) << ROUTING_SPLIT
 PAIR_BINS = (ROUTING_OCTAVES[1] - ROUTING_OCTAVES[0]) << PAIR_SPLIT  # every coarse bin of r is a run of fine ones
@@ -136,11 +137,18 @@ class LayerHistogram:
         return histogram
 
     def pair_threshold(self, share: float) -> float:
-        """rho: the routing weight below which ``share`` of all pairs lie. 0 for share = 0."""
+        """rho: the routing weight below which ``share`` of all pairs lie. 0 for share = 0.
+
+        Routing weights that many pairs have in common (a router that gives every expert the same, say) are never cut
+        through: such pairs are all kept, and fewer than ``share`` are skipped.
+        """
         _check_share("share of skipped pairs", share)
         if share == 0:
             return 0.0
-        return _quantile(self.pairs.cpu().numpy().astype(np.float64), _edges(ROUTING_OCTAVES, PAIR_SPLIT), share)
+        counts, edges = self.pairs.cpu().numpy().astype(np.float64), _edges(ROUTING_OCTAVES, PAIR_SPLIT)
+        rho = _quantile(counts, edges, share)
+        index = min(int(np.searchsorted(edges, rho, side="right")) - 1, len(counts) - 1)
+        return float(edges[index]) if counts[index] > COMMON_SHARE * counts.sum() else rho
 
     def skippable(self, rho_cap: float | None) -> float:
         """Share of pairs with r below ``rho_cap``: what may be skipped without passing it. None: 1."""

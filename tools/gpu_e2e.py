@@ -4,10 +4,11 @@
     python tools/gpu_e2e.py              both models in full: several minutes each
     python tools/gpu_e2e.py --model qwen3.5-35b-a3b --modes stock routed --batches 1 8 --profile
 
-Random ("dummy") weights of the real shapes; router weights are scaled up so that routing weights spread as in trained
-models. The profile is calibrated in the engine on random tokens. Every mode runs in a process of its own: batches of
-prompts of --input random tokens, --output tokens decoded greedily, CUDA graphs on. Time per decoded token = (time
-with --output tokens - time with 1) / (output - 1), median of --repeats; prefill = time with 1 token.
+Random ("dummy") weights of the real shapes; norms are set to 1 and router weights scaled up, so that routing weights
+spread as in trained models. The profile is calibrated in the engine on random tokens. Every mode runs in a process of
+its own: batches of prompts of --input random tokens, --output tokens decoded greedily, CUDA graphs on. Time per
+decoded token = (time with --output tokens - time with 1) / (output - 1), median of --repeats; prefill = time with 1
+token.
 
 modes   stock   vLLM's own method
         dense   this method at target 0
@@ -34,7 +35,7 @@ from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ROUTED_TARGET, ROUTED_SKIP = 0.9, 0.35
-ROUTER_SCALE = 60.0  # dummy weights are uniform in +-1e-3: logits of standard deviation 0.03 become 1.6
+ROUTER_SCALE = 60.0  # dummy weights are uniform in +-1e-3: logits of standard deviation 0.03 (H = 2048) become 1.6
 MODES = ("stock", "dense", "paper", "routed")
 
 _QWEN3 = {
@@ -151,17 +152,25 @@ def engine_arguments(args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def scale_routers(worker: Any) -> int:
-    """Runs in the worker: multiplies the weights of all routers in place. Returns how many there are."""
+def make_realistic(worker: Any) -> tuple[int, int]:
+    """Runs in the worker: sets the weights of all norms to 1 and scales those of all routers, in place. Returns how
+    many there are of each.
+    """
     import torch
 
-    found = 0
-    for name, parameter in worker.get_model().named_parameters():
-        if name.endswith("mlp.gate.weight"):
-            with torch.no_grad():
-                parameter.mul_(ROUTER_SCALE)
-            found += 1
-    return found
+    norms = routers = 0
+    with torch.no_grad():
+        for name, module in worker.get_model().named_modules():
+            if type(module).__name__ in (
+                "RMSNorm",
+                "RMSNormGated",
+            ):  # Gemma's kind has 1 + weight, which is right as it is
+                module.weight.fill_(1.0)
+                norms += 1
+            elif name.endswith("mlp.gate"):
+                module.weight.mul_(ROUTER_SCALE)
+                routers += 1
+    return norms, routers
 
 
 def random_prompts(count: int, length: int, vocabulary: int, seed: int) -> list[list[int]]:
@@ -179,8 +188,7 @@ def stage_calibrate(args: argparse.Namespace) -> dict[str, Any]:
     arguments = {**engine_arguments(args), "enforce_eager": True}
     arguments.pop("compilation_config", None)
     engine = SparseEngine(args.folder, record=True, **arguments)
-    routers = engine.llm.collective_rpc(scale_routers)
-    print("routers scaled:", routers, flush=True)
+    print("norms set to 1, routers scaled:", engine.llm.collective_rpc(make_realistic), flush=True)
     vocabulary = engine.model_config.get_vocab_size()
     count = (16 if args.quick else 32) if args.cuda else 1
     texts = random_prompts(count, 512, vocabulary, 1)
@@ -268,10 +276,10 @@ def stage_measure(args: argparse.Namespace) -> dict[str, Any]:
         target = {"dense": 0.0, "paper": args.target, "routed": ROUTED_TARGET}[args.mode]
         options = {"profile": pathlib.Path(args.folder) / f"{mode}.json", "target": target}
     engine = SparseEngine(args.folder, enforce_eager=False, **options, **engine_arguments(args))
-    print(args.mode, "routers scaled:", engine.llm.collective_rpc(scale_routers), flush=True)
+    print(args.mode, "norms set to 1, routers scaled:", engine.llm.collective_rpc(make_realistic), flush=True)
     print(f"{args.mode}: started in {time.perf_counter() - begun:.0f} s", flush=True)
     if args.mode != "stock":
-        print(args.mode, "plans:", engine.llm.collective_rpc(plans_of)[0], flush=True)
+        print(args.mode, "plans:", *(f"{bucket}: {plan};" for bucket, plan in engine.report()["plans"]), flush=True)
     vocabulary = engine.model_config.get_vocab_size()
     times: dict[str, Any] = {}
 
@@ -296,12 +304,9 @@ def stage_measure(args: argparse.Namespace) -> dict[str, Any]:
         print(f"{args.mode} batch {batch}: {step:.3f} ms a step, prefill {prefill:.1f} ms", flush=True)
     if args.profile:
         profile_steps(engine, seconds, args)
+    if args.mode != "stock":
+        print(args.mode, "kernels compiled while serving:", engine.report()["compiled_late"], flush=True)
     return {"times": times}
-
-
-def plans_of(worker: Any) -> list[str]:
-    states = [state for _, state in worker._sparsity_states().values()]
-    return [f"{bucket}: {plan}" for bucket, plan in states[0].plans]
 
 
 def profile_steps(engine: Any, seconds: Any, args: argparse.Namespace) -> None:

@@ -48,6 +48,7 @@ class IntraExpertSparseConfig(QuantizationConfig):
         self.expected: list[str] = []  # layers that will use this method
         self.fallbacks: dict[str, str] = {}  # layers that will not, and why
         self.stats: SparsityStats | None = None
+        self.compiled_at_load = 0  # kernels compiled by this process when its last layer was loaded
 
     def get_name(self) -> str:
         return METHOD_NAME
@@ -141,6 +142,10 @@ class IntraExpertSparseConfig(QuantizationConfig):
         """Told by each layer when it is ready; after the last one, the line for the operator."""
         if prefix != self.expected[-1]:
             return
+        if state.weights.device.type == "cuda":
+            from ...compile import compile_count
+
+            self.compiled_at_load = compile_count()
         if self.profile is None:
             logger.info("%s: %d layers, dense until thresholds are set", METHOD_NAME, len(self.expected))
             return

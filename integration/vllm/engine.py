@@ -163,7 +163,9 @@ class SparseEngine:
         self._call("sparsity_set", sent, label, sparsity)
 
     def report(self) -> dict[str, Any]:
-        """fallbacks: {layer: reason}; plans: [(largest number of tokens, plan)]; summary: the plans in words."""
+        """fallbacks: {layer: reason}; plans: [(largest number of tokens, plan)]; summary: the plans in words;
+        compiled_late: kernels compiled since the model was loaded.
+        """
         return self._call("sparsity_report")[0]
 
     # Recording and counting

@@ -31,13 +31,21 @@ class SparsityWorker(NeuronMethods):
         return list(self._sparsity_states())
 
     def sparsity_report(self) -> dict[str, Any]:
-        """For the operator: layers that fall back and why, and the plans of the first layer."""
+        """For the operator: layers that fall back and why, the plans of the first layer, and how many kernels were
+        compiled after loading (0, or a batch waited for a compiler).
+        """
         states = [state for _, state in self._sparsity_states().values()]
         config = self.vllm_config.quant_config  # type: ignore[attr-defined]
+        late = 0
+        if states and states[0].weights.device.type == "cuda":
+            from ...compile import compile_count
+
+            late = compile_count() - config.compiled_at_load
         return {
             "fallbacks": dict(config.fallbacks),
             "plans": [(bucket, str(plan)) for bucket, plan in states[0].plans] if states else [],
             "summary": states[0].plan_summary() if states else "",
+            "compiled_late": late,
         }
 
     def sparsity_set(self, settings: dict[str, Setting], label: str, sparsity: float) -> None:
