@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ from typing import Any
 
 from cutedsl_kernels import UserError
 
-from .arguments import Parser
+from .arguments import Parser, default_sparsity
 from .records import read_rows
 from .select import Case, Measured, measured, models
 
@@ -122,9 +123,9 @@ def plot_crossover(cases: Cases, title: str, path: Path) -> bool:
         axes.axhline(points[0].baseline_us, color=colour, linewidth=1, linestyle=":")
         for left, right in itertools.pairwise(points):
             if left.ratio < 1 <= right.ratio:
-                share = (1 - left.ratio) / (right.ratio - left.ratio)
+                share = math.log(1 / left.ratio) / math.log(right.ratio / left.ratio)
                 at = left.case.sparsity + share * (right.case.sparsity - left.case.sparsity)
-                axes.plot(100 * at, left.us + share * (right.us - left.us), "x", color=colour, markersize=9)
+                axes.plot(100 * at, left.us * (right.us / left.us) ** share, "x", color=colour, markersize=9)
     axes.plot([], [], ":", color="#666666", linewidth=1, label="dense")
     axes.plot([], [], "x", color="#666666", label="crossover")
     axes.set_yscale("log", base=2)
@@ -143,11 +144,21 @@ def _title(rows: Sequence[Mapping[str, str]], model: str) -> str:
     return f"{model} ({sizes}), one MoE layer, {row['gpu']}"
 
 
+def _without_neighbours(cases: Cases, cutoff: float) -> dict[Case, Sequence[Measured]]:
+    """Cases but those within a point of the cutoff, where that was measured itself: their lines would coincide."""
+    has_cutoff = any(case.sparsity == cutoff and not case.router_weighted for case in cases)
+    return {
+        case: points
+        for case, points in cases.items()
+        if case.router_weighted or not has_cutoff or not 0 < abs(case.sparsity - cutoff) < 0.01
+    }
+
+
 def plot_all(rows: Sequence[Mapping[str, str]], out: Path) -> list[Path]:
     """Three plots for every model; the SVG paths. UserError if no row has a baseline to compare with."""
     made: list[Path] = []
     for model in models(rows):
-        cases = measured(rows, model)
+        cases = _without_neighbours(measured(rows, model), default_sparsity(model))
         if not cases:
             continue
         title, stem = _title(rows, model), re.sub(r"[^A-Za-z0-9.]+", "-", model)
@@ -168,8 +179,6 @@ def readme_cases(rows: Sequence[Mapping[str, str]]) -> tuple[str, Cases]:
         plain = [case for case in cases if not case.router_weighted]
         routed = [case for case in cases if case.router_weighted]
         if plain or routed:
-            from .arguments import default_sparsity
-
             cutoff = [case for case in plain if case.sparsity == default_sparsity(model)]
             chosen = [*(cutoff or plain[-1:]), *routed[-1:]]
             return model, {case: cases[case] for case in chosen}

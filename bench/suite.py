@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -158,6 +159,7 @@ def work(options: argparse.Namespace, journal: Journal) -> int:
     deadline = time.monotonic() + options.budget_s
     device = arguments.device_of(options.device)
     baselines = make_baselines(options.baselines or _default_baselines(device), options.tune_s)
+    plans = options.plans or (["serving"] if find_spec("vllm") is not None else ["auto"])
     run = Options(device, options.replays, options.seed, options.calls, options.copies)
     writer = CsvWriter(options.csv) if options.csv else None
     bench = LayerBench(run, baselines, writer)
@@ -169,7 +171,7 @@ def work(options: argparse.Namespace, journal: Journal) -> int:
         if options.only and options.only not in point.step(None, ""):
             continue
         closed = journal.closed()
-        todo = [(r, p) for r in point.rules for p in options.plans if point.step(r, p) not in closed]
+        todo = [(r, p) for r in point.rules for p in plans if point.step(r, p) not in closed]
         if not todo or point.step(None, "baselines") in journal.left_out():
             continue
         if time.monotonic() > deadline:
@@ -255,7 +257,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     option = parser.add_argument
     option("--preset", choices=tuple(PRESETS), default="short")
     option("--budget-s", type=float, default=540.0, help="wall-clock seconds for everything")
-    option("--plans", type=arguments.plan_list, default=["auto"], help="as for bench.layer (default auto)")
+    option("--plans", type=arguments.plan_list, help="as for bench.layer (default serving with vLLM, else auto)")
     option("--baselines", type=arguments.name_list, help="as for bench.layer")
     option("--tune-s", type=float, default=20.0, help="as for bench.layer")
     option("--only", default="", help="only points whose name contains this, such as 'qwen3.5-35b-a3b T=8 '")
