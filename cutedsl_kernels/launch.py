@@ -32,6 +32,9 @@ REMEMBERED_SCALARS = 256
 ALIGNMENT = 256  # bytes, of every buffer in a workspace
 
 
+_shape = functools.lru_cache(maxsize=4096)(MoEShape)  # one object each, which makes the look-ups below cheap
+
+
 class NotWarm(RuntimeError):
     """A CUDA graph is being captured, and something had to be compiled or allocated for it first."""
 
@@ -60,7 +63,7 @@ def sparse_moe_cuda(
     if hidden_states.dtype != torch.bfloat16:
         raise TypeError(f"weights and hidden_states must be bfloat16 on a CUDA device, got {hidden_states.dtype}")
     num_tokens, top_k = topk_ids.shape
-    shape = weights.shape(top_k)
+    shape = _shape(weights.num_experts, top_k, weights.hidden_size, weights.intermediate_size)
     if num_tokens == 0:
         return torch.empty_like(hidden_states) if out is None else out
     device = hidden_states.device
