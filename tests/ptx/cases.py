@@ -121,6 +121,15 @@ def _build_wgmma(**config: Any) -> tuple[Any, tuple[Any, ...]]:
     return WgmmaGemm(**config), (a, b, _fake(Float32, _symbol(128), _symbol(128), align=16), _stream())
 
 
+def _build_specialised(fault: str = "") -> tuple[Any, tuple[Any, ...]]:
+    from cutlass import BFloat16, Float32
+
+    from .kernels.specialised_gemm import SpecialisedGemm
+
+    a, b = (_fake(BFloat16, _symbol(64), _symbol(64), align=16) for _ in range(2))
+    return SpecialisedGemm(fault), (a, b, _fake(Float32, _symbol(64), _symbol(64), align=16), _stream())
+
+
 def _build_last_block() -> tuple[Any, tuple[Any, ...]]:
     from cutlass import Float32, Int32
 
@@ -215,6 +224,12 @@ CASES: dict[str, Case] = {
         _wgmma("wgmma_swizzle32", depth=16),
         _wgmma("wgmma_mn_major", a_major="mn", b_major="mn", tile_n=128),
         _wgmma("wgmma_registers", a_from_registers=True),
+        Case(
+            "specialised_gemm", _build_specialised,
+            lambda g: {"a": _small_integers(g, 128, 384), "b": _small_integers(g, 64, 384),
+                       "c": torch.full((128, 64), float("nan"))},
+            lambda a: {"c": a["a"].float() @ a["b"].float().T}, ("c",), exact=True,
+        ),
         Case(
             "last_block_sum", _build_last_block,
             lambda g: {"x": _small_integers(g, 10000, dtype=torch.float32), "partial": torch.full((6, 8), float("nan")),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from .cases import _fake, _stream, _symbol
+from .cases import CASES, _build_specialised, _fake, _stream, _symbol
 from .harness import compile_dsl
 
 pytestmark = pytest.mark.execute
@@ -76,6 +76,22 @@ def test_fault_is_reported(name: str, fault: str, kind: str, run_ptx, seed) -> N
     (first, *_) = result.reports
     assert first.source is not None
     assert first.source[0].endswith("faulty.py")
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind"),
+    [
+        ("acquire", "shared race: write after unsynchronised"),
+        ("wait", "shared race: read after unsynchronised write"),
+        ("proxy", "wgmma reads shared memory without fence.proxy.async after the write"),
+        ("early", "shared store to the source of an incomplete asynchronous operation"),
+    ],
+)
+def test_faults_of_a_specialised_gemm_are_reported(fault: str, kind: str, run_ptx, seed) -> None:
+    function, example = _build_specialised(fault)
+    values = CASES["specialised_gemm"].make(torch.Generator().manual_seed(seed)).values()
+    kinds = run_ptx.check(compile_dsl(function, *example), *values, max_steps=20_000).kinds()
+    assert any(kind in k for k in kinds), kinds
 
 
 def test_arguments_are_checked(run_ptx) -> None:
