@@ -14,6 +14,7 @@ import torch
 import cutedsl_kernels
 from cutedsl_kernels import MoEShape, Plan, plan_for
 from cutedsl_kernels.environment import gpu_of
+from cutedsl_kernels.launch import ASSUMED_PAIR_SKIP
 
 from .problems import Batch, Cutoffs, LayerInputs
 from .timing import Call
@@ -26,9 +27,18 @@ class NoServing(RuntimeError):
 def serving_plan(
     shape: MoEShape, num_tokens: int, sparsity: float, pair_skip: float, device: torch.device, activation: str = "silu"
 ) -> Plan:
-    """The plan of the vLLM plugin for this number of tokens; the CPU back end on a CPU."""
-    target = gpu_of(device) if device.type == "cuda" else device
-    return plan_for(shape, num_tokens, sparsity, target, pair_skip, activation)
+    """The plan that a layer of the vLLM plugin runs (LayerState.choose_plans): that of the nearest bucket above, chosen
+    without knowing the share of skipped pairs; dense beyond the last bucket. The CPU back end on a CPU."""
+    if device.type != "cuda":
+        return Plan("cpu")
+    make_plugin_importable()
+    from cutedsl_kernels.integration.vllm.state import BUCKETS
+
+    bucket = next((size for size in sorted(BUCKETS) if size >= num_tokens), None)
+    if sparsity == 0 or bucket is None:
+        return Plan("dense")
+    skipped = ASSUMED_PAIR_SKIP if pair_skip > 0 else 0.0
+    return plan_for(shape, bucket, max(sparsity, skipped), gpu_of(device), skipped, activation)
 
 
 def make_plugin_importable() -> None:

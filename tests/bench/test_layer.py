@@ -15,7 +15,7 @@ from cutedsl_kernels.bench import layer
 from cutedsl_kernels.bench.plans import resolve_plans
 from cutedsl_kernels.bench.problems import Rule, make_batch, make_weights
 from cutedsl_kernels.bench.records import COLUMNS, CsvWriter, format_table, read_rows
-from cutedsl_kernels.bench.serving import NoServing, vllm_dense_calls
+from cutedsl_kernels.bench.serving import NoServing, serving_plan, vllm_dense_calls
 
 from cutedsl_kernels import UserError
 from cutedsl_kernels.cli import build_app
@@ -174,6 +174,28 @@ def test_the_serving_choice_on_a_cpu_is_the_back_end(tmp_path: Path) -> None:
     path = tmp_path / "out.csv"
     assert layer.main([*SMALL, "--tokens", "3", "--plans", "serving", "--csv", str(path)]) == 0
     assert [(row["plan"], row["choice"]) for row in rows_of(path)] == [("torch-dense", "baseline"), ("cpu", "serving")]
+
+
+def test_the_serving_plan_is_the_one_of_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against LayerState.choose_plans itself, with the warm-up of the kernels left out."""
+    from cutedsl_kernels.integration.vllm import state as plugin
+
+    from cutedsl_kernels import ExpertWeights
+
+    shape = MoEShape(64, 8, 2048, 1024)
+    weights = ExpertWeights(torch.empty(64, 2048, 2048, device="meta"), torch.empty(64, 1024, 2048, device="meta"))
+    monkeypatch.setattr(plugin, "supports_kernels", lambda weights: True)
+    monkeypatch.setattr("cutedsl_kernels.launch.warmup", lambda *args, **kwargs: 0)
+    kinds = set()
+    for sparsity, rho in ((0.0, 0.0), (0.85, 0.0), (0.9, 0.1)):
+        tau = torch.zeros(1, 1)
+        layer_state = plugin.LayerState("l", weights, 8, "silu", False, tau, rho=rho, sparsity=sparsity)
+        layer_state.choose_plans(None)
+        for num_tokens in (1, 3, 8, 100, 512, 5000):
+            ours = serving_plan(shape, num_tokens, sparsity, 0.35 if rho else 0.0, torch.device("cuda"))
+            assert ours == layer_state.plan(num_tokens), (num_tokens, sparsity, rho)
+            kinds.add(ours.kind)
+    assert {"dense", "fused"} <= kinds
 
 
 def test_the_plugins_dense_path_needs_a_gpu(seed: int) -> None:
