@@ -43,11 +43,12 @@ def calibrate(
         ),
     ] = "0",
     budget: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Sparsity per layer for an average: uniform; shared (one threshold); greedy or fisher (measured)."
+            help="Sparsity per layer for an average: uniform; shared (one threshold); greedy or fisher (measured). "
+            "Default: fisher, or uniform where a fixed share of pairs is skipped."
         ),
-    ] = "uniform",
+    ] = None,
     target: Annotated[
         list[float] | None,
         typer.Option("--target", help="Rows of the table, 0..1; may be given several times. Default: 0.05 to 0.99."),
@@ -64,9 +65,11 @@ def calibrate(
 
     if score not in SCORES:
         raise UserError(f"--score must be one of {', '.join(SCORES)}, got {score!r}")
-    if budget not in BUDGETS:
+    if budget is not None and budget not in BUDGETS:
         raise UserError(f"--budget must be one of {', '.join(BUDGETS)}, got {budget!r}")
     share = _share(skip_pairs)
+    if budget is None:  # a layer cannot be less sparse than its share of skipped pairs
+        budget = "fisher" if share in (0, "auto") else "uniform"
     targets = sorted(set(target or DEFAULT_TARGETS))
     for value in targets:
         if not 0 < value < 1:
