@@ -279,7 +279,7 @@ def main() -> int:
         try:
             study.scores()
             if arguments.quick:
-                made = study.all_budgets(("moments-routed",), ("uniform", "shared", "fisher"))
+                made = study.all_budgets(("moments-routed",), budgets.BUDGETS)
                 goals: dict[str, Any] = {"gains": (2.8, 3.3), "batch_gains": (1.2,), "shares": (0.0, 0.2, 0.35, 0.5)}
                 study.joint(("moments-routed",), ("uniform",), made, **goals)
                 study.overlaps(("moments-routed",))

@@ -71,9 +71,18 @@ class Budget:
 
 
 def measured_curve(points: Mapping[float, float]) -> Curve:
-    """From measured {sparsity: cost}; made non-decreasing, starting at (0, 0)."""
-    grid = sorted(points)
-    return np.array([0.0, *grid]), np.maximum.accumulate(np.array([0.0, *(max(0.0, points[s]) for s in grid)]))
+    """From measured {sparsity: cost}: a parabola in the logarithm of the cost, made non-decreasing, 0 at 0.
+
+    Straight lines between the points would have their kinks at the same sparsities in every layer, and every layer
+    would then stop there. Fewer than three positive costs: straight lines all the same.
+    """
+    grid = np.array(sorted(points))
+    cost = np.array([max(0.0, points[s]) for s in grid])
+    if (cost > 0).sum() < 3:
+        return np.array([0.0, *grid]), np.maximum.accumulate(np.array([0.0, *cost]))
+    fine = np.linspace(0.0, float(grid[-1]), 100)
+    fitted = np.exp(np.polyval(np.polyfit(grid[cost > 0], np.log(cost[cost > 0]), 2), fine))
+    return fine, np.maximum.accumulate(fitted - fitted[0]).clip(min=0)
 
 
 def allocate(

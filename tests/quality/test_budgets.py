@@ -48,6 +48,11 @@ def test_the_cheap_layer_gives_more_than_the_dear_one() -> None:
     for average, chosen in allocate(curves, AVERAGES).items():
         assert chosen["cheap"] >= chosen["dear"], average
     assert allocate(curves, [0.5])[0.5]["cheap"] > 0.75
+    dear = {0.3: 0.001, 0.5: 0.004, 0.65: 0.008, 0.8: 0.02, 0.9: 0.05, 0.95: 0.1}
+    measured = {"dear": measured_curve(dear), "cheap": measured_curve({s: c / 2 for s, c in dear.items()})}
+    for average in (0.5, 0.8, 0.9):  # at sparsities that were measured too
+        chosen = allocate(measured, [average])[average]
+        assert chosen["cheap"] > chosen["dear"] + 0.02
 
 
 def test_a_cap_binds_and_equal_layers_share_equally() -> None:
