@@ -225,8 +225,6 @@ def check_layer(worker: Any) -> list[str]:
     import torch
     from cutedsl_kernels.integration.vllm.method import run_layer
 
-    from cutedsl_kernels import sparse_moe_ref
-
     layer, state = next(iter(worker._sparsity_states().values()))
     weights = state.weights
     exact, state.exact = state.exact, False  # as a server runs it
@@ -247,21 +245,28 @@ def check_layer(worker: Any) -> list[str]:
         finally:
             if plan is not None:
                 torch.cuda.set_sync_debug_mode("default")
+        given = (topk_weights, ids)
         dense = plan is not None and plan.kind == "dense"
-        expected = sparse_moe_ref(
-            x.float(),
-            type(weights)(weights.w13, weights.w2_rows),
-            topk_weights,
-            ids,
-            0.0 if dense else state.tau,
-            router_weighted=state.router_weighted,
-            pair_threshold=state.rho,
+        tau = 0.0 if dense else state.tau
+        lines.append(
+            f"{state.label} T={num_tokens} plan={plan} relative error {error(state, found, x, *given, tau):.2e}"
         )
-        error = (found.float() - expected).norm() / expected.norm()
-        lines.append(f"{state.label} T={num_tokens} plan={plan} relative error {error:.2e}")
+        if plan is not None:
+            found = run_dense(state, x, topk_weights, ids.int(), layer.expert_map, layer.global_num_experts)
+            lines[-1] += f", vLLM's kernel {error(state, found, x, *given, 0.0):.2e}"
         print(lines[-1], flush=True)
     state.exact = exact
     return lines
+
+
+def error(state: Any, found: Any, x: Any, topk_weights: Any, topk_ids: Any, tau: Any) -> float:
+    """Relative to sparse_moe_ref, in the Euclidean norm."""
+    from cutedsl_kernels import sparse_moe_ref
+
+    weights = type(state.weights)(state.weights.w13, state.weights.w2_rows)
+    options = {"router_weighted": state.router_weighted, "pair_threshold": state.rho}
+    expected = sparse_moe_ref(x.float(), weights, topk_weights, topk_ids, tau, **options)
+    return float((found.float() - expected).norm() / expected.norm())
 
 
 def stage_measure(args: argparse.Namespace) -> dict[str, Any]:

@@ -130,7 +130,7 @@ class TritonExperts:
     def align(
         self, topk_ids: torch.Tensor, block: int, num_experts: int, expert_map: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Pairs sorted by expert, in blocks; ids past the last expert, or mapped to -1, are left out."""
+        """Pairs sorted by expert, in blocks; ids that the map sends to -1 are left out."""
         return self._align(topk_ids, block, num_experts, expert_map, ignore_invalid_experts=True)
 
     def gemm(

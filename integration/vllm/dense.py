@@ -38,15 +38,19 @@ def run_dense(
     topk_weights = topk_weights.contiguous()
     config = triton.config(weights.w13.shape, w2.shape, top_k, num_tokens)
     few = expert_map is None and num_tokens * top_k * 4 <= global_num_experts
+    num_ids = global_num_experts
     if state.rho > 0:
-        # One block per pair takes -1 as "write zeros"; the sorting kernel leaves out ids past the last expert.
+        # One block per pair takes -1 as "write zeros"; the sorting kernel leaves out what the map sends to -1, so the
+        # pairs to skip go to one expert more than there are.
         topk_ids = torch.where(topk_weights < state.rho, -1 if few else global_num_experts, topk_ids)
+        if not few:
+            num_ids, expert_map = num_ids + 1, state.map_with_nobody(expert_map, global_num_experts)
     if few:
         sorted_ids, expert_ids = None, topk_ids.reshape(-1)
         padded = torch.full((1,), topk_ids.numel() * config["BLOCK_SIZE_M"], dtype=torch.int32, device=x.device)
     else:
         sorted_ids, expert_ids, padded = triton.align(
-            topk_ids.contiguous(), config["BLOCK_SIZE_M"], global_num_experts, expert_map
+            topk_ids.contiguous(), config["BLOCK_SIZE_M"], num_ids, expert_map
         )
     shared = torch.empty(num_tokens * top_k * max(2 * inter, hidden), dtype=x.dtype, device=x.device)
     gate_up = shared[: num_tokens * top_k * 2 * inter].view(num_tokens, top_k, 2 * inter)
@@ -58,7 +62,7 @@ def run_dense(
         x, weights.w13, gate_up, topk_weights, sorted_ids, expert_ids, padded, on_input, top_k, config, weights.w13_bias
     )
     triton.activate(state.activation, h, gate_up.view(-1, 2 * inter))
-    if expert_map is not None or (state.rho > 0 and not few):
+    if expert_map is not None:
         y.zero_()  # rows of pairs that nobody computes
     triton.gemm(h, w2, y, topk_weights, sorted_ids, expert_ids, padded, not on_input, 1, config, weights.w2_bias)
     triton.sum(y, out)

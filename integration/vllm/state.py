@@ -66,6 +66,7 @@ class LayerState:
     least_best_weight: float = math.inf
     counters: dict[str, torch.Tensor] = field(default_factory=dict)
     plans: list[tuple[int, Plan]] = field(default_factory=list)
+    nobody_map: torch.Tensor | None = None
 
     def set(self, tau: float | torch.Tensor, rho: float, router_weighted: bool, label: str, sparsity: float) -> None:
         """New thresholds. ``tau`` a number, or broadcastable to this rank's [E, I]; ``sparsity``: what they aim at
@@ -134,6 +135,17 @@ class LayerState:
             if num_tokens <= bucket:
                 return plan
         return Plan("dense")
+
+    def map_with_nobody(self, expert_map: torch.Tensor | None, global_num_experts: int) -> torch.Tensor:
+        """expert_map (None: every expert is here) with one entry more, -1: int32 [global_num_experts + 1]. Made once,
+        since captured graphs hold its address.
+        """
+        if self.nobody_map is None:
+            device = self.weights.device
+            known = torch.arange(global_num_experts, dtype=torch.int32, device=device)
+            known = known if expert_map is None else expert_map.to(torch.int32)
+            self.nobody_map = torch.cat([known, torch.full((1,), -1, dtype=torch.int32, device=device)])
+        return self.nobody_map
 
     def plan_summary(self) -> str:
         """Such as "1-32 tokens fused, 33 and more dense"; the CPU has one plan."""

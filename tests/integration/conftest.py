@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import sysconfig
@@ -45,6 +46,9 @@ def engine() -> Iterator[Callable[..., Any]]:
     from cutedsl_kernels.integration.vllm.engine import SparseEngine
 
     running: list[SparseEngine] = []
+
+    gc.collect()
+    gc.freeze()  # vLLM collects garbage several times when an engine ends: not over all that was imported
 
     def start(model: str, **kwargs: Any) -> SparseEngine:
         while running:
