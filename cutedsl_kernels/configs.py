@@ -93,13 +93,13 @@ class StagedConfig:
 
     token_block: int = 16
     wgmma: int = 1
-    row_stages: int = 6
+    row_stages: int = 4
     row_atoms: int = 1
     row_groups: int = 1
     up_rows: int = 64
     down_stages: int = 4
     down_atoms: int = 2
-    down_tiles: int = 4
+    down_tiles: int = 2
     down_splits: int = 1
     overlap: int = 1
 
@@ -304,7 +304,7 @@ def _fused_space(shape: MoEShape, num_tokens: int) -> Iterator[FusedConfig]:
 
 def _staged_space() -> Iterator[StagedConfig]:
     for token_block, (row_stages, row_atoms), (down_stages, down_atoms), down_tiles in itertools.product(
-        (16, 32, 64), ((6, 1), (8, 1), (4, 2)), ((4, 2), (6, 2), (3, 4)), (4, 2, 8)
+        (16, 32, 64), ((4, 1), (6, 1), (4, 2)), ((4, 2), (6, 2), (3, 4)), (2, 4)
     ):
         yield StagedConfig(
             token_block=token_block,

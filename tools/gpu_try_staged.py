@@ -58,18 +58,19 @@ STAGES = ("RouteSort", "GateCompact", "SparseUp", "SparseDown", "Combine")
 DENSE_US = {32: 260, 64: 343, 128: 403, 256: 421, 512: 432}
 VARIANTS = (
     "deterministic=0",
-    "row_stages=4,down_stages=3,down_tiles=2",
-    "row_stages=3,down_stages=3,down_tiles=2",
-    "row_stages=3,down_stages=3,down_tiles=1",
-    "row_stages=4,up_rows=32,down_stages=3,down_tiles=2",
-    "row_stages=3,row_groups=2,down_stages=3,down_tiles=2",
-    "row_stages=4,row_groups=2,down_stages=3,down_tiles=2",
-    "row_stages=4,down_stages=3,down_tiles=2,fence=0",
-    "row_stages=4,down_stages=3,down_tiles=2,wgmma=0",
-    "row_stages=4,down_stages=3,down_tiles=2,deterministic=1",
-    "row_stages=3,row_atoms=2,down_stages=3,down_tiles=2",
-    "token_block=32,row_stages=3,down_stages=3,down_tiles=2",
-    "token_block=32,row_stages=3,row_groups=2,down_stages=3,down_tiles=2",
+    "row_stages=6",
+    "up_rows=32",
+    "up_rows=32,down_stages=3",
+    "row_stages=3,up_rows=32,down_stages=3",
+    "row_groups=2",
+    "row_stages=3,row_groups=2",
+    "row_stages=3,row_groups=2,up_rows=64,down_stages=3",
+    "fence=0",
+    "wgmma=0",
+    "deterministic=1",
+    "token_block=32",
+    "token_block=32,row_groups=2",
+    "token_block=64,row_stages=3,row_groups=2,down_stages=3",
 )
 
 _functions: dict[Any, Any] = {}

@@ -5,7 +5,8 @@ One CTA = one item (an expert and up to token_block of its tokens) and one tile 
     1  g[n, t] = W_gate[n, :] . x[t, :]                          64 * H weights through the ring, read once
     2  a = act(g); neuron n is active for t unless |a| * r < tau
     3  compaction over the union of the item's tokens: ballot, popc, cross-warp offsets; slots in order of neurons
-    4  counts[item, tile], and for each slot its neuron and a * r of every token (0 where that token is inactive)
+    4  counts[item, tile], and for each slot its neuron and a * r of every token (0 where that token is inactive);
+       tokens in groups of 8, groups without a token left out
 
 The lists have 64 entries per tile, so they cannot overflow. Grid: (tiles / warp groups, max_items), fixed by T;
 CTAs past the number of items leave at once.
@@ -84,25 +85,32 @@ class GateCompact:
                 spec.hidden_size,
             )
             active = cute.make_rmem_tensor((2,), cutlass.Boolean)
-            for h in cutlass.range_constexpr(2):
-                active[h] = cutlass.Boolean(False)
-                for j in cutlass.range_constexpr(spec.token_block // 8):
-                    for c in cutlass.range_constexpr(2):
-                        t = 8 * j + 2 * (lane % 4) + c
-                        weight = weights[t]
-                        a = activate_gate(acc[(c, h, j), 0], spec.activation)
-                        score = cutlass.max(a, -a)
-                        if cutlass.const_expr(spec.router_weighted):
-                            score = score * weight
-                        keep = t < num_tokens and first + 8 * h < spec.intermediate_size and not (score < tau[h])
-                        if cutlass.const_expr(not spec.weight_on_input):
-                            a = a * weight
-                        acc[(c, h, j), 0] = a if keep else F32(0.0)
-                        active[h] = active[h] or keep
-            self.write_lists(active, acc, warp_counts, item, block, thread, counts, neurons, gates)
+            active.fill(False)
+            for j in cutlass.range_constexpr(spec.token_block // 8):
+                if 8 * j < num_tokens:
+                    self.activate(acc, active, weights, tau, first, num_tokens, j, lane)
+            self.write_lists(active, acc, num_tokens, warp_counts, item, block, thread, counts, neurons, gates)
 
     @cute.jit
-    def write_lists(self, active, acc, warp_counts, item, block, thread, counts, neurons, gates):
+    def activate(self, acc, active, weights, tau, first, num_tokens, j: cutlass.Constexpr, lane):
+        """Tokens 8 j .. 8 j + 7: acc becomes a * r, 0 where inactive; active [2] |= this lane's rows with any."""
+        spec = self.spec
+        for c in cutlass.range_constexpr(2):
+            t = 8 * j + 2 * (lane % 4) + c
+            weight = weights[t]
+            for h in cutlass.range_constexpr(2):
+                a = activate_gate(acc[(c, h, j), 0], spec.activation)
+                score = cutlass.max(a, -a)
+                if cutlass.const_expr(spec.router_weighted):
+                    score = score * weight
+                keep = t < num_tokens and first + 8 * h < spec.intermediate_size and not (score < tau[h])
+                if cutlass.const_expr(not spec.weight_on_input):
+                    a = a * weight
+                acc[(c, h, j), 0] = a if keep else F32(0.0)
+                active[h] = active[h] or keep
+
+    @cute.jit
+    def write_lists(self, active, acc, num_tokens, warp_counts, item, block, thread, counts, neurons, gates):
         """Compaction of the rows whose four lanes (one row of the accumulators) hold any active token."""
         lane, warp, group = thread % 32, (thread % THREADS) // 32, thread // THREADS
         tile = block * self.spec.config.row_groups + group
@@ -131,5 +139,6 @@ class GateCompact:
                     (neurons.iterator + position).store(tile * ROWS + warp * 16 + 8 * h + row)
                 target = gates.iterator + cute.assume(position * self.spec.token_block + 2 * quarter, divby=2)
                 for j in cutlass.range_constexpr(self.spec.token_block // 8):
-                    pair = cute.make_tensor(acc[(None, h, j), 0].iterator, cute.make_layout((2,)))
-                    cute.autovec_copy(pair, cute.make_tensor(target + 8 * j, cute.make_layout((2,))))
+                    if 8 * j < num_tokens:
+                        pair = cute.make_tensor(acc[(None, h, j), 0].iterator, cute.make_layout((2,)))
+                        cute.autovec_copy(pair, cute.make_tensor(target + 8 * j, cute.make_layout((2,))))

@@ -137,13 +137,14 @@ class SparseUp:
                 source = (I64(item) * spec.capacity + slot_position[row]) * spec.token_block + 2 * (lane % 4)
                 source = gates.iterator + cute.assume(source, divby=2)
                 for j in cutlass.range_constexpr(spec.token_block // 8):
-                    cute.autovec_copy(cute.make_tensor(source + 8 * j, cute.make_layout((2,))), gate)
-                    for c in cutlass.range_constexpr(2):
-                        t = 8 * j + 2 * (lane % 4) + c
-                        u = transform_up(acc[(c, h, j), 0], spec.activation)
-                        if t < num_tokens:
-                            target = (I64(item) * spec.token_block + t) * spec.capacity + slot
-                            (hidden.iterator + target).store(BF16(gate[c] * u))
+                    if 8 * j < num_tokens:
+                        cute.autovec_copy(cute.make_tensor(source + 8 * j, cute.make_layout((2,))), gate)
+                        for c in cutlass.range_constexpr(2):
+                            t = 8 * j + 2 * (lane % 4) + c
+                            u = transform_up(acc[(c, h, j), 0], spec.activation)
+                            if t < num_tokens:
+                                target = (I64(item) * spec.token_block + t) * spec.capacity + slot
+                                (hidden.iterator + target).store(BF16(gate[c] * u))
 
     @cute.jit
     def write_padding(self, hidden, item, total, num_tokens, thread):
