@@ -223,6 +223,7 @@ def check_layer(worker: Any) -> list[str]:
     on the way.
     """
     import torch
+    from cutedsl_kernels.integration.vllm.dense import run_dense
     from cutedsl_kernels.integration.vllm.method import run_layer
 
     layer, state = next(iter(worker._sparsity_states().values()))
