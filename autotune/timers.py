@@ -19,8 +19,6 @@ from cutedsl_kernels.cost_model import Gpu, estimate_us
 
 from .space import Bin, TunedLayer
 
-CAUSES = ("compile", "wrong", "failed", "lost", "hung")
-
 
 @dataclass(frozen=True)
 class Sample:
@@ -31,7 +29,7 @@ class Sample:
 
 
 class PlanFailure(Exception):
-    """A plan that gave no time. cause: one of CAUSES."""
+    """A plan that gave no time. cause: compile, wrong, failed, lost (with the device process) or hung."""
 
     def __init__(self, cause: str, text: str) -> None:
         super().__init__(text)
