@@ -205,6 +205,9 @@ class _Body:
     def statement(self, text: str, span: tuple[int, int]) -> None:
         if not text or text.startswith(".pragma"):
             return
+        if text.startswith(".param"):
+            why = "a call of a device function (cute.printf or an assertion?) is not supported: build the kernel without it"
+            raise Unsupported(f"PTX line {self.line}: {why}")
         if text.startswith(".reg"):
             self.declare(text)
         elif text.startswith("."):
