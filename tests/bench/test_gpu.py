@@ -1,4 +1,4 @@
-"""On a Hopper GPU: the captured graph is what is checked, rows come out for every kind of plan, the tuner makes a table."""
+"""On a Hopper GPU: captured graphs are checked and timed, every kind of plan gives rows, the tuner makes a table."""
 
 from __future__ import annotations
 
