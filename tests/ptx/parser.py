@@ -206,7 +206,7 @@ class _Body:
         if not text or text.startswith(".pragma"):
             return
         if text.startswith(".param"):
-            why = "a call of a device function (cute.printf or an assertion?) is not supported: build the kernel without it"
+            why = "calls of device functions (cute.printf, assertions) are not supported: build the kernel without"
             raise Unsupported(f"PTX line {self.line}: {why}")
         if text.startswith(".reg"):
             self.declare(text)
