@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import cutlass
 import cutlass.cute as cute
-from cutlass.cute.nvgpu import cpasync, warp
+from cutlass.cute.nvgpu import warp
 
 try:
     from cutlass.memory import SmemAllocator  # CuTe DSL 4.7 and later
@@ -41,9 +41,15 @@ def vector(pointer, offset, length=8, divby=8):
     return cute.make_tensor(pointer + cute.assume(offset, divby=divby), cute.make_layout((length,)))
 
 
-def bulk_row_copy(elements: int):
-    """Copy atom for one contiguous bf16 row of ``elements``, global to shared memory, completing on an mbarrier."""
-    return cute.make_copy_atom(cpasync.CopyBulkG2SOp(), BF16, num_bits_per_copy=elements * 16)
+def bulk_row_copy(source, target, nbytes, barrier):
+    """This lane's cp.async.bulk of ``nbytes`` (a multiple of 16), global to shared memory, completing on ``barrier``.
+
+    Written as PTX because the copy atom of CuTe DSL 4.6 elects one lane of the warp, and that of later releases none.
+    """
+    cute.arch.inline_ptx(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [{$r0}], [{$r1}], {$r2}, [{$r3}];",
+        read_only_args=[target.toint(), source.toint(), I32(nbytes), barrier.toint()],
+    )
 
 
 def load_matrices(transpose: bool):

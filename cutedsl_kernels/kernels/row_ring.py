@@ -31,8 +31,8 @@ class RowRing:
             cute.arch.mbarrier_arrive_and_expect_tx(full + stage, rows * (2 * self.H))
         cute.arch.sync_warp()
         if lane < rows:
-            target = vector(ring.iterator, (stage * stage_rows + lane) * self.pitch, self.H)
-            cute.copy(bulk_row_copy(self.H), vector(source, row, self.H), target, mbar_ptr=full + stage)
+            target = ring.iterator + (stage * stage_rows + lane) * self.pitch
+            bulk_row_copy(source + row, target, 2 * self.H, full + stage)
 
     @cute.jit
     def advance(self, stage, phase, stages: cutlass.Constexpr):

@@ -20,8 +20,16 @@ FOLDER = HERE.parents[1] / ".cache" / f"cutlass-dsl-{OLDEST}"
 
 @pytest.mark.skipif(dsl_version() == OLDEST, reason=f"CuTe DSL {OLDEST} is the installed one")
 @pytest.mark.skipif(not (FOLDER / ".done").exists(), reason=f"no {FOLDER}: `make test` installs it")
-@pytest.mark.parametrize("tests", ["test_compile.py", "test_compile_tier.py"])
-def test_with_the_oldest_dsl(tests: str) -> None:
+@pytest.mark.parametrize(
+    "tests",
+    [
+        ("test_compile.py",),
+        ("test_compile_tier.py",),
+        ("test_fused_execute.py", "-k", "test_sparsity_and_tokens and 5-0.5"),
+    ],
+    ids=lambda tests: tests[0],
+)
+def test_with_the_oldest_dsl(tests: tuple[str, ...]) -> None:
     folders = [str(FOLDER / "nvidia_cutlass_dsl" / "dsl_packages"), str(FOLDER), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(folders)}
     found = subprocess.run(
@@ -33,7 +41,18 @@ def test_with_the_oldest_dsl(tests: str) -> None:
     )
     assert found.stdout.strip() == OLDEST
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(HERE / tests)],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "no:xdist",
+            str(HERE / tests[0]),
+            *tests[1:],
+        ],
         env=environment,
         capture_output=True,
         text=True,
