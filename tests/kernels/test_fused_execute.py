@@ -147,7 +147,9 @@ def test_remote_experts_and_wrong_ids(run_ptx, seed, experts):
 
 
 @pytest.mark.parametrize(
-    ("activation", "on_input"), [("gelu", False), ("gelu_tanh", True), ("swigluoai", False)], ids=lambda value: str(value)
+    ("activation", "on_input"),
+    [("gelu", False), ("gelu_tanh", True), ("swigluoai", False)],
+    ids=lambda value: str(value),
 )
 def test_activations_and_weight_on_input(run_ptx, seed, activation, on_input):
     problem = random_problem(
