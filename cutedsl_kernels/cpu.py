@@ -10,10 +10,10 @@ Per expert with m tokens, bytes as read from w13 and w2_rows:
 An expert whose n exceeds GATHER_LIMIT of its I rows reads them all: copying rows together costs more than it saves
 there. So does an expert of at most SMALL_EXPERT weights in gate, or with more than MANY_TOKENS tokens.
 
-Tried on 2026-11-23 (two AVX-512 cores without AMX, bf16, 15 % of 1024 rows of 2048, one thread, us): reading down rows in
-place 76 against 133 for copying them and 705 for all; up as product and sum over copied rows 192 against 149 for copy
-and F.linear; torch.mv 822 for the gate against 473 for F.linear. fp16 matrix products take 16 ms where bf16's take
-0.7, hence the widening. A token of bf16 given twice, so that F.linear takes another path, changed nothing.
+Tried on 2026-11-23 (AVX-512 without AMX, bf16, 15 % of 1024 rows of 2048, one token, one thread, us): reading down rows
+in place 76 against 133 for copying them and 705 for all; up as product and sum over copied rows 192 against 149 for
+copy and F.linear; torch.mv 822 for the gate against 473 for F.linear. fp16 products with down take 16 ms where bf16's
+take 0.7, hence the widening. A token given twice, so that F.linear takes another path, changed nothing.
 """
 
 from __future__ import annotations
