@@ -21,7 +21,7 @@ DEMO_TARGET := 0.8
 QUIET := VLLM_LOGGING_LEVEL=ERROR TORCH_CPP_LOG_LEVEL=ERROR TRANSFORMERS_VERBOSITY=error PYTHONWARNINGS=ignore
 COMMAND := HF_HUB_OFFLINE=1 $(QUIET) $(BIN)/cutedsl-kernels
 
-.PHONY: venv lint mypy test demo bench kernels-report gpu clean
+.PHONY: venv lint mypy test demo bench kernels-report gpu gpu-e2e clean
 
 venv: $(INSTALLED)
 
@@ -91,6 +91,10 @@ kernels-report: $(INSTALLED)
 
 gpu: $(INSTALLED)
 	@$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+# Decode speed of whole models through vLLM: stock, dense through our plans, sparse. Minutes; --quick first.
+gpu-e2e: $(INSTALLED)
+	@$(BIN)/python tools/gpu_e2e.py $(E2E_ARGS)
 
 clean:
 	rm -rf $(VENV) .cache build demo
