@@ -13,14 +13,6 @@ from .primitives import I32, U32
 
 
 @cute.jit
-def rank_in_warp(predicate: cutlass.Boolean) -> tuple[cutlass.Int32, cutlass.Int32]:
-    """(lanes below this one with the predicate set, lanes of the warp with it set). Warp-uniform call."""
-    votes = U32(cute.arch.vote_ballot_sync(predicate))
-    below = votes & U32(cute.arch.lanemask_lt())
-    return I32(cute.arch.popc(below)), I32(cute.arch.popc(votes))
-
-
-@cute.jit
 def any_in_group(predicate: cutlass.Boolean, lane: cutlass.Int32, group: cutlass.Constexpr) -> cutlass.Boolean:
     """True in all lanes of an aligned group of ``group`` (a power of two) lanes if any of them sets the predicate."""
     votes = U32(cute.arch.vote_ballot_sync(predicate))
