@@ -126,7 +126,7 @@ def random_problem(
     )
     problem.pair_threshold = _value_in_gap(problem.topk_weights, skip_pairs)
     if sparsity > 0:
-        _set_thresholds(problem, gen, sparsity)
+        set_thresholds(problem, gen, sparsity)
     local = int((local_experts(problem.topk_ids, expert_map, num_experts) >= 0).sum())
     active = sum(int(trace.active.sum()) for trace in expert_traces(problem))
     problem.sparsity = 1 - active / (local * intermediate_size) if local else 0.0
@@ -250,7 +250,7 @@ def _value_in_gap(values: torch.Tensor, share: float) -> float:
     return float((ordered[cut - 1] + ordered[cut]) / 2) if cut < len(ordered) else float(ordered[-1] * 1.01)
 
 
-def _set_thresholds(problem: Problem, gen: torch.Generator, sparsity: float) -> None:
+def set_thresholds(problem: Problem, gen: torch.Generator, sparsity: float) -> None:
     """Per-neuron thresholds with about ``sparsity`` of the scores below, none within rounding of its threshold."""
     for trace in expert_traces(problem):
         gate, _ = _gate_up(problem, trace.expert, trace.token, trace.r)
@@ -262,10 +262,10 @@ def _set_thresholds(problem: Problem, gen: torch.Generator, sparsity: float) -> 
         low = low * 0.99
         high = scores.max(0).values.gather(0, order).cummax(0).values * 1.01
         m = len(low)
-        zero = torch.zeros(1, low.shape[1])
+        zero = low.new_zeros(1, low.shape[1])
         below, above = torch.cat([zero, high]), torch.cat([low, 2 * high[-1:] + 1e-3])
         legal = above > below  # [m + 1, I]: cutting after j scores leaves a gap; j = m always does
-        wanted = (torch.rand(m, low.shape[1], generator=gen) < sparsity).sum(0)
-        distance = (torch.arange(m + 1).unsqueeze(1) - wanted).abs() + (m + 2) * ~legal
+        wanted = (torch.rand(m, low.shape[1], generator=gen, device=gen.device) < sparsity).sum(0).to(low.device)
+        distance = (torch.arange(m + 1, device=low.device).unsqueeze(1) - wanted).abs() + (m + 2) * ~legal
         cut = distance.argmin(0, keepdim=True)
         problem.thresholds[trace.expert] = ((below.gather(0, cut) + above.gather(0, cut)) / 2)[0]
