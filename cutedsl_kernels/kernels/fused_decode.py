@@ -192,13 +192,13 @@ class FusedDecode(RowRing):
         if thread == 0:
             for s in cutlass.range_constexpr(self.gate_stages):
                 cute.arch.mbarrier_init(gate_full + s, 1)
-                cute.arch.mbarrier_init(gate_empty + s, self.gate_warps)
+                cute.arch.mbarrier_init(gate_empty + s, self.gate_warps * self.warp_arrivals)
             for s in cutlass.range_constexpr(self.row_stages):
                 cute.arch.mbarrier_init(row_full + s, 1)
-                cute.arch.mbarrier_init(row_empty + s, self.row_warps)
+                cute.arch.mbarrier_init(row_empty + s, self.row_warps * self.warp_arrivals)
             for s in cutlass.range_constexpr(LIST_QUEUE):
-                cute.arch.mbarrier_init(list_full + s, self.gate_warps)
-                cute.arch.mbarrier_init(list_empty + s, self.row_warps + 1)
+                cute.arch.mbarrier_init(list_full + s, self.gate_warps * self.warp_arrivals)
+                cute.arch.mbarrier_init(list_empty + s, (self.row_warps + 1) * self.warp_arrivals)
             cute.arch.mbarrier_init_fence()
         self.table.build(
             topk_ids, topk_weights, expert_map, pair_threshold, pair_expert, first_block, thread, self.threads
@@ -321,9 +321,7 @@ class FusedDecode(RowRing):
                 down = (I64(expert) * self.I + I64(neuron)) * self.H
                 self.copy_rows(w2_rows.iterator, down, rows, ring, stage, self.chunk, full, empty, phase, lane)
                 stage, phase = self.advance(stage, phase, self.row_stages)
-            cute.arch.sync_warp()
-            if lane == 0:
-                cute.arch.mbarrier_arrive(list_empty + slot)
+            self.release(list_empty + slot, lane)
             slot, slot_phase = self.advance(slot, slot_phase, LIST_QUEUE)
 
     @cute.jit

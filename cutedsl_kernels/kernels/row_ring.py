@@ -22,6 +22,8 @@ class RowRing:
     units: int
     ragged: bool
     weight_on_input: bool
+    warp_arrivals = 1  # 32: every lane arrives on its own, for compute-sanitizer's racecheck, which does not see that
+    # sync_warp orders the other lanes before the one that arrives
 
     @cute.jit
     def copy_rows(self, source, row, rows, ring, stage, stage_rows: cutlass.Constexpr, full, empty, phase, lane):
@@ -42,10 +44,13 @@ class RowRing:
 
     @cute.jit
     def release(self, barrier, lane):
-        """One arrival for the whole warp, after all of its lanes are done."""
+        """One arrival for the whole warp, after all of its lanes are done (or one a lane, see warp_arrivals)."""
         cute.arch.sync_warp()
-        if lane == 0:
+        if cutlass.const_expr(self.warp_arrivals == 32):
             cute.arch.mbarrier_arrive(barrier)
+        else:
+            if lane == 0:
+                cute.arch.mbarrier_arrive(barrier)
 
     @cute.jit
     def load_x(self, ring, row, count, warp, lane, units: cutlass.Constexpr, weights, fragments):

@@ -1,15 +1,24 @@
 """Small layers for compute-sanitizer: only our kernels do work on the GPU, everything else happens on the CPU.
 
 compute-sanitizer --tool memcheck python tests/gpu/sanitize.py
+compute-sanitizer --tool racecheck python tests/gpu/sanitize.py --every-lane-arrives
+
+Racecheck follows mbarriers thread by thread: where one lane arrives for a warp after sync_warp it takes the accesses of
+the other 31 lanes for races. --every-lane-arrives compiles the same kernels with an arrival of each lane instead.
 """
 
 from __future__ import annotations
+
+import os
+import sys
+import tempfile
 
 import torch
 from helpers import check_close, random_problem
 
 from cutedsl_kernels import Plan
 from cutedsl_kernels.configs import FusedConfig, StagedConfig
+from cutedsl_kernels.kernels.row_ring import RowRing
 from cutedsl_kernels.launch import sparse_moe_cuda
 
 
@@ -36,4 +45,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with tempfile.TemporaryDirectory() as cache:  # these kernels are for nobody else
+        if "--every-lane-arrives" in sys.argv:
+            RowRing.warp_arrivals = 32
+            os.environ["CUTEDSL_KERNELS_CACHE_DIR"] = cache
+        main()

@@ -286,6 +286,7 @@ def test_compute_sanitizer(tool: str) -> None:
             "99",
             sys.executable,
             str(Path(__file__).with_name("sanitize.py")),
+            *(["--every-lane-arrives"] if tool == "racecheck" else []),
         ],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(folders), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         capture_output=True,
