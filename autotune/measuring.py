@@ -47,7 +47,8 @@ class Measuring:
             f"dense: {dense}"
         )
         self._layers: list = []
-        self._where: Bin | None = None
+        self._batches: dict[int, problems.Batch] = {}
+        self._entered: dict[Bin, tuple] = {}
 
     def time(self, where: Bin, plan: Plan, precise: bool) -> Sample:
         try:
@@ -77,31 +78,36 @@ class Measuring:
         return bench_layer.sparse_calls(self._batch, self._cutoffs, Plan("cpu") if on_cpu else plan)
 
     def _enter(self, where: Bin) -> None:
-        """Builds the inputs of another bin; weights are kept."""
-        if where == self._where:
-            return
+        """Inputs and references of a bin; built once, since the search comes back to every bin."""
+        if where not in self._entered:
+            batch = self._batch_of(where.num_tokens)
+            rule = problems.Rule(where.sparsity, where.pair_skip, self._setup.layer.router_weighted)
+            cutoffs = batch.cutoffs(rule)
+            expected = check.expectations(batch, cutoffs)
+            vllm = self._setup.dense == "vllm"
+            expected_dense = check.expectations(batch, cutoffs.without_neurons()) if vllm else expected
+            self._entered[where] = batch, cutoffs, expected, expected_dense
+        self._batch, self._cutoffs, self._expected, self._expected_dense = self._entered[where]
+
+    def _batch_of(self, num_tokens: int) -> problems.Batch:
+        if num_tokens in self._batches:
+            return self._batches[num_tokens]
         layer, cpu = self._setup.layer, self._device.type == "cpu"
         memory = 0.0 if cpu else torch.cuda.get_device_properties(self._device).total_memory * MEMORY_SHARE
-        copies = problems.copies_needed(layer.shape, where.num_tokens, 0.9, torch.bfloat16, memory)
+        copies = problems.copies_needed(layer.shape, num_tokens, 0.9, torch.bfloat16, memory)
         missing = copies - len(self._layers)
         if missing > 0:
             seed = self._setup.seed + 1000 * len(self._layers)
             self._layers += problems.make_weights(layer.shape, missing, self._device, torch.bfloat16, seed)
-        if self._where is None or self._where.num_tokens != where.num_tokens:
-            self._batch = problems.make_batch(
-                self._layers[:copies],
-                layer.shape.top_k,
-                where.num_tokens,
-                calls=self._setup.calls or problems.calls_for(layer.shape, where.num_tokens, self._device),
-                seed=self._setup.seed + where.num_tokens,
-                routing=self._setup.routing,
-                activation=layer.activation,
-                router_weight_on_input=layer.weight_on_input,
-                counted_calls=2,
-            )
-        self._where = None
-        self._cutoffs = self._batch.cutoffs(problems.Rule(where.sparsity, where.pair_skip, layer.router_weighted))
-        self._expected = check.expectations(self._batch, self._cutoffs)
-        if self._setup.dense == "vllm":
-            self._expected_dense = check.expectations(self._batch, self._cutoffs.without_neurons())
-        self._where = where
+        self._batches[num_tokens] = problems.make_batch(
+            self._layers[:copies],
+            layer.shape.top_k,
+            num_tokens,
+            calls=self._setup.calls or problems.calls_for(layer.shape, num_tokens, self._device),
+            seed=self._setup.seed + num_tokens,
+            routing=self._setup.routing,
+            activation=layer.activation,
+            router_weight_on_input=layer.weight_on_input,
+            counted_calls=2,
+        )
+        return self._batches[num_tokens]

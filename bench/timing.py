@@ -83,6 +83,7 @@ class GraphCalls(PreparedCalls):
     """The calls as one CUDA graph. What compiles or allocates for good does so in the warm-up call before capture."""
 
     def __init__(self, calls: Sequence[Call], device: torch.device) -> None:
+        self._calls = list(calls)  # the graph reads tensors that only they keep alive
         self._stream = _capture_stream(device)
         self._stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(self._stream):
