@@ -231,6 +231,7 @@ def _metadata(timer: Timer) -> dict[str, str]:
         "library": __version__,
         "dsl": dsl_version(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "dense": timer.dense,
         "timing": timer.timing,
     }
 

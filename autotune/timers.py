@@ -37,9 +37,10 @@ class PlanFailure(Exception):
 
 
 class Timer:
-    """gpu: what is timed on. timing: one line for the table's metadata."""
+    """gpu: what is timed on. dense: what a dense plan runs, ``vllm`` or ``library``. timing: one line about how."""
 
     gpu: Gpu
+    dense: str = "library"
     timing: str
 
     def time(self, where: Bin, plan: Plan, precise: bool) -> Sample:
@@ -114,6 +115,7 @@ class DeviceTimer(Timer):
 
     def __init__(self, setup: DeviceSetup, hang_s: float = 120.0, start_s: float = 300.0) -> None:
         self._setup, self._hang_s, self._start_s = setup, hang_s, start_s
+        self.dense = setup.dense
         self._process: Any = None
         self._start()
 

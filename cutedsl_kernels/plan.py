@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from .configs import FusedConfig, Plan, TileConfig, illegal_reason, legal_plans
-from .cost_model import TORCH_DENSE, Gpu, estimate_us
+from .cost_model import TORCH_DENSE, VLLM_DENSE, Gpu, estimate_us
 from .environment import gpu_of
 from .shapes import MoEShape
 from .tuned_table import find_table, forget_tables
@@ -30,10 +30,11 @@ def plan_for(
     """The plan expected to be fastest for ``num_tokens`` tokens at ``sparsity`` on ``device``.
 
     sparsity: share of inactive neurons over all pairs, skipped ones included; pair_skip: share of pairs skipped whole.
-    From the tuned table of the nearest bucket of tokens above where there is one, else by the cost model. Never fails
-    for lack of a table or a GPU; ValueError for a number of tokens or a share out of range. Remembered: a repeated
-    call is a dictionary lookup. forget_plans() makes it look at the files again. A ``Gpu`` instead of a device says
-    which dense path the plans compete with (``Gpu.dense``); for a device it is the library's own, torch's grouped_mm.
+    From the tuned table of the nearest bucket of tokens above where one has an entry near these shares, else by the
+    cost model. Never fails for lack of a table or a GPU; ValueError for a number of tokens or a share out of range.
+    Remembered: a repeated call is a dictionary lookup. forget_plans() makes it look at the files again. A ``Gpu``
+    instead of a device says which dense path the plans compete with (``Gpu.dense``); for a device it is the library's
+    own, torch's grouped_mm.
     """
     if num_tokens < 0:
         raise ValueError(f"num_tokens must be at least 0, got {num_tokens}")
@@ -49,6 +50,9 @@ def plan_for(
     table = find_table(shape, gpu)
     if table is not None:
         tuned = table.lookup(num_tokens, sparsity, pair_skip)
+        other_dense = (table.metadata["dense"] == "vllm") != (gpu.dense == VLLM_DENSE)
+        if tuned is not None and tuned.kind == "dense" and other_dense:
+            tuned = None  # it lost to a dense path that does not run here
         if tuned is not None and illegal_reason(tuned, shape, num_tokens, activation) is None:
             return tuned
     return _modelled(shape, num_tokens, sparsity, gpu, pair_skip, activation)

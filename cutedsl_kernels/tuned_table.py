@@ -5,12 +5,13 @@ One JSON file per GPU, shape and dtype, ``<folder>/<gpu>/E=256,H=2048,I=512,k=8,
     {"format": "cutedsl-kernels-tuned/1",
      "shape": {"num_experts": 256, "top_k": 8, "hidden_size": 2048, "intermediate_size": 512}, "dtype": "bf16",
      "metadata": {"gpu": "NVIDIA H200", "driver": "580.95.05", "library": "0.1.0", "dsl": "4.8.1", "date": "2026-11-23",
-                  "timing": "how it was timed"},
+                  "dense": "vllm", "timing": "how it was timed"},
      "entries": [{"num_tokens": 8, "sparsity": 0.85, "pair_skip": 0.0,
                   "chosen": {"kind": "fused", "config": {...}}, "us": 41.2,
                   "tried": [{"plan": {...}, "us": 41.2}, {"plan": {...}, "failure": "why"}]}]}
 
 ``sparsity`` is the share of inactive neurons over all pairs, ``pair_skip`` the share of pairs skipped whole.
+``dense`` is what a dense plan ran: ``vllm`` (its Triton kernel) or ``library`` (torch's grouped product).
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from .environment import dsl_version, user_dir
 from .shapes import MoEShape
 
 FORMAT = "cutedsl-kernels-tuned/1"
-METADATA = ("gpu", "driver", "library", "dsl", "date", "timing")
+METADATA = ("gpu", "driver", "library", "dsl", "date", "dense", "timing")
+REACH = 0.1  # how far an entry's sparsity and pair_skip may lie from what is asked
 SHIPPED_DIR = Path(__file__).parent / "tuned"
 
 
@@ -88,14 +90,16 @@ class TunedTable:
     def lookup(self, num_tokens: int, sparsity: float, pair_skip: float = 0.0) -> Plan | None:
         """Plan of the nearest bucket at or above ``num_tokens``; None if every bucket is smaller.
 
-        In the bucket, the entry of the nearest sparsity and pair_skip counts, the sparser of two equally near last.
+        In the bucket, the entry of the nearest sparsity and pair_skip counts, the sparser of two equally near last;
+        None if it is further than REACH away in either.
         """
         buckets = {entry.num_tokens for entry in self.entries if entry.num_tokens >= num_tokens}
         if not buckets:
             return None
         rows = [entry for entry in self.entries if entry.num_tokens == min(buckets)]
         best = min(rows, key=lambda row: (abs(row.sparsity - sparsity) + abs(row.pair_skip - pair_skip), row.sparsity))
-        return best.chosen
+        near = abs(best.sparsity - sparsity) <= REACH and abs(best.pair_skip - pair_skip) <= REACH
+        return best.chosen if near else None
 
     def to_json(self) -> dict[str, Any]:
         return {

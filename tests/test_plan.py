@@ -204,7 +204,7 @@ def table(**metadata: str) -> TunedTable:
         for tokens, plan in BEST.items()
         for sparsity in (0.0, 0.7, 0.9)
     ]
-    return TunedTable(SHAPE, "bf16", known | {"timing": "test"} | metadata, tuple(entries))
+    return TunedTable(SHAPE, "bf16", known | {"dense": "vllm", "timing": "test"} | metadata, tuple(entries))
 
 
 def write(folder: Path, content: TunedTable | str) -> Path:
@@ -239,9 +239,27 @@ def test_above_the_last_bucket_the_cost_model_decides(tuned_folder: Path) -> Non
 
 def test_nearest_sparsity(tuned_folder: Path) -> None:
     write(tuned_folder, table())
-    assert plan_for(SHAPE, 8, 0.3, H200) == Plan("dense")
-    assert plan_for(SHAPE, 8, 0.4, H200) == BEST[8]
-    assert table().lookup(8, 0.35) == Plan("dense")  # as near to 0 as to 0.7: the denser counts
+    assert plan_for(SHAPE, 8, 0.05, H200) == Plan("dense")
+    assert plan_for(SHAPE, 8, 0.65, H200) == BEST[8]
+    assert table().lookup(8, 0.8, 0.1) == BEST[8]
+
+
+def test_entries_far_away_do_not_count(tuned_folder: Path) -> None:
+    write(tuned_folder, table())
+    for sparsity, pair_skip in ((0.3, 0.0), (0.55, 0.0), (0.9, 0.35)):
+        assert table().lookup(8, sparsity, pair_skip) is None
+        tuned = plan_for(SHAPE, 8, sparsity, H200, pair_skip)
+        forget_plans()
+        assert tuned == plan_for(SHAPE, 8, sparsity, replace(H200, name="untuned"), pair_skip)
+
+
+def test_a_dense_verdict_holds_for_the_dense_path_it_was_found_with(tuned_folder: Path) -> None:
+    write(tuned_folder, table())
+    assert plan_for(SHAPE, 512, 0.9, H200) == Plan("dense")
+    forget_plans()
+    write(tuned_folder, table(dense="library"))
+    modelled = plan_for(SHAPE, 512, 0.9, replace(H200, name="untuned"))
+    assert plan_for(SHAPE, 512, 0.9, H200) == modelled != Plan("dense")
 
 
 def test_memory_comes_first(tuned_folder: Path) -> None:

@@ -22,7 +22,15 @@ DENSE = Plan("dense")
 
 
 def metadata(timer: SimulatedTimer) -> dict[str, str]:
-    return {"gpu": timer.gpu.name, "driver": "", "library": "0", "dsl": "", "date": "d", "timing": timer.timing}
+    return {
+        "gpu": timer.gpu.name,
+        "driver": "",
+        "library": "0",
+        "dsl": "",
+        "date": "d",
+        "dense": "library",
+        "timing": timer.timing,
+    }
 
 
 def tuner(timer: SimulatedTimer, bins: list[Bin], **options: object) -> Tuner:

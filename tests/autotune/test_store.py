@@ -18,7 +18,15 @@ from cutedsl_kernels.tuned_table import Entry, Measurement, TunedTable, find_tab
 
 pytestmark = pytest.mark.cpu
 SHAPE = MoEShape(8, 2, 512, 128)
-METADATA = {"gpu": "GPU A", "driver": "1", "library": "0.1", "dsl": "4.8", "date": "2026-01-01", "timing": "made up"}
+METADATA = {
+    "gpu": "GPU A",
+    "driver": "1",
+    "library": "0.1",
+    "dsl": "4.8",
+    "date": "2026-01-01",
+    "dense": "library",
+    "timing": "made up",
+}
 DENSE, FUSED = Plan("dense"), Plan("fused", FusedConfig())
 
 
