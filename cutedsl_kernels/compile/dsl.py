@@ -35,8 +35,11 @@ class Listing:
 
 @functools.cache
 def _cute() -> ModuleType:
-    from cutlass import cute
-    from cutlass.cutlass_dsl import CuTeDSL
+    try:
+        from cutlass import cute
+        from cutlass.cutlass_dsl import CuTeDSL
+    except ImportError as error:
+        raise ImportError(f"CuTe DSL cannot be imported ({error}): pip install 'nvidia-cutlass-dsl>=4.6,<5'") from error
 
     CuTeDSL._get_dsl().envar.arch = ARCH
     return cute
@@ -112,6 +115,8 @@ def _convert_arguments(function: Callable[..., Any], spec: KernelSpec) -> Callab
     fakes = fake_arguments(spec, env_stream=False)[:-1]
 
     def convert(argument: Any, fake: Any) -> Any:
+        if fake is None:  # an argument that this kernel was compiled without
+            return None
         return as_compiled(argument, fake) if isinstance(argument, torch.Tensor) else type(fake)(argument)
 
     def launch(*arguments: Any) -> None:
