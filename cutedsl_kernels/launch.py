@@ -90,8 +90,9 @@ def sparse_moe_cuda(
     config = plan.config
     assert config is not None
     deterministic = isinstance(config, StagedConfig) and torch.are_deterministic_algorithms_enabled()
-    flags = (activation, router_weighted, apply_router_weight_on_input, expert_map is not None, deterministic)
-    launch = _kernel(shape, config, *flags)
+    biases = tuple(None if bias is None else _aligned(bias) for bias in (weights.w13_bias, weights.w2_bias))
+    flags = (expert_map is not None, biases[0] is not None, deterministic)
+    launch = _kernel(shape, config, activation, router_weighted, apply_router_weight_on_input, *flags)
     x, ids = _aligned(hidden_states), _plain(topk_ids, torch.int32)
     y = torch.empty_like(x) if out is None or not _writable(out, x) else out
     inputs = (
@@ -102,6 +103,7 @@ def sparse_moe_cuda(
         ids,
         _plain(topk_weights, torch.float32),
         ids.view(-1) if expert_map is None else _plain(expert_map, torch.int32),  # without a map: never read
+        *biases,
     )
     if isinstance(config, StagedConfig):
         launch(
@@ -129,6 +131,7 @@ def _kernel(
     router_weighted: bool,
     weight_on_input: bool,
     has_expert_map: bool,
+    has_bias: bool,
     deterministic: bool,
 ) -> Callable[..., Any]:
     """Its body runs once for each kernel, which is when a graph capture has to be refused."""
@@ -143,6 +146,7 @@ def _kernel(
             router_weighted=router_weighted,
             weight_on_input=weight_on_input,
             has_expert_map=has_expert_map,
+            has_bias=has_bias,
             **flags,
         )
     )
@@ -181,8 +185,9 @@ _cannot_run = functools.lru_cache(maxsize=65536)(illegal_reason)
 
 def _no_kernels(weights: ExpertWeights) -> str | None:
     """Why no kernel of ours can run these weights, whatever the plan."""
-    if weights.w13_bias is not None or weights.w2_bias is not None:
-        return "the kernels take no biases"
+    biases = [None if bias is None else bias.dtype for bias in (weights.w13_bias, weights.w2_bias)]
+    if biases not in ([None, None], [torch.bfloat16, torch.bfloat16]):
+        return f"the kernels take w13_bias and w2_bias in bfloat16 or neither, these are {biases[0]} and {biases[1]}"
     return None if _is_hopper(weights.device) else f"the kernels need an sm_90 GPU, {weights.device} is not one"
 
 

@@ -87,6 +87,7 @@ class KnownModel:
     shared_expert: bool = False
     activation: str = "silu"
     router_weight_on_input: bool = False
+    biases: bool = False
     expert_dtype: str = "bf16"
 
 
@@ -105,6 +106,7 @@ KNOWN_MODELS: dict[str, KnownModel] = _table(
         24,
         None,
         activation="swigluoai",
+        biases=True,
         expert_dtype="mxfp4",
     ),
     KnownModel(

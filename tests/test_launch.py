@@ -38,7 +38,8 @@ def kernel_of(spec: KernelSpec) -> Callable[..., None]:
     flags = spec.keywords
 
     def run(x: torch.Tensor, w13: torch.Tensor, w2_rows: torch.Tensor, tau: torch.Tensor, *rest: Any) -> None:
-        ids, routing, expert_map, *others = rest
+        ids, routing, expert_map, w13_bias, w2_bias, *others = rest
+        assert (w13_bias is not None) == (w2_bias is not None) == flags["has_bias"]
         if spec.kernel == "fused_decode":
             accum, counters, out, pair_threshold, num_ctas = others
             assert accum.shape == (counters.shape[0], x.shape[1])
@@ -60,6 +61,8 @@ def kernel_of(spec: KernelSpec) -> Callable[..., None]:
                 tensor.view(torch.uint8).fill_(255)  # NaN, -1
         for tensor in (x, w13, w2_rows, tau, ids, routing, expert_map, out):
             assert tensor.is_contiguous()
+        for bias in (w13_bias, w2_bias):
+            assert bias is None or (bias.is_contiguous() and bias.data_ptr() % 16 == 0)
         assert x.data_ptr() % 16 == out.data_ptr() % 16 == 0
         assert x.data_ptr() != out.data_ptr()
         assert [t.dtype for t in (tau, ids, routing, expert_map)] == [
@@ -71,7 +74,7 @@ def kernel_of(spec: KernelSpec) -> Callable[..., None]:
         assert tau.shape == (w13.shape[0], w2_rows.shape[1])
         sparse_moe_ref(
             x,
-            ExpertWeights(w13, w2_rows),
+            ExpertWeights(w13, w2_rows, w13_bias, w2_bias),
             routing,
             ids,
             tau,
@@ -135,10 +138,12 @@ def problem(seed: int, num_tokens: int = 5, **changes: Any) -> Problem:
 @pytest.mark.parametrize("plan", [FUSED, STAGED, DENSE, None], ids=lambda plan: plan.kind if plan else "auto")
 @pytest.mark.parametrize("on_input", [False, True])
 @pytest.mark.parametrize("remote", [False, True])
+@pytest.mark.parametrize("biases", [False, True])
 def test_every_plan_gets_its_arguments(
-    compiled: list[KernelSpec], seed: int, plan: Plan | None, on_input: bool, remote: bool
+    compiled: list[KernelSpec], seed: int, plan: Plan | None, on_input: bool, remote: bool, biases: bool
 ) -> None:
-    case = problem(seed, skip_pairs=0.3, remote_experts=remote, invalid_ids=True, apply_router_weight_on_input=on_input)
+    flags = {"apply_router_weight_on_input": on_input, "remote_experts": remote, "biases": biases}
+    case = problem(seed, skip_pairs=0.3, invalid_ids=True, **flags)
     for _ in range(3):
         check_close(sparse_moe_cuda(**case.arguments, plan=plan), case)
     expected = {"fused": ["fused_decode"], "staged": ["staged_moe"], "dense": []}
@@ -191,8 +196,6 @@ def test_no_tokens(compiled: list[KernelSpec]) -> None:
         (Plan("cpu"), {}, "tensors on the CPU"),
         (FUSED, {"num_tokens": 129}, "exceed max_pairs 256"),
         (FUSED, {"hidden_size": 96}, "not a multiple of 64"),
-        (FUSED, {"biases": True}, "no biases"),
-        (STAGED, {"biases": True}, "no biases"),
     ],
 )
 def test_plans_that_cannot_run_say_why(
@@ -203,11 +206,29 @@ def test_plans_that_cannot_run_say_why(
         sparse_moe_cuda(**case.arguments, plan=plan)
 
 
-def test_other_gpus_and_biases_take_the_dense_path(
-    compiled: list[KernelSpec], seed: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    biased = problem(seed, biases=True, activation="swigluoai")
-    check_close(sparse_moe_cuda(**biased.arguments), biased)
+@pytest.mark.parametrize("missing", [False, True])
+def test_biases_that_no_kernel_takes_run_dense(compiled: list[KernelSpec], seed: int, missing: bool) -> None:
+    case = problem(seed, biases=True, activation="swigluoai")
+    assert case.weights.w2_bias is not None
+    case = replace(case, weights=replace(case.weights, w2_bias=None if missing else case.weights.w2_bias.float()))
+    check_close(sparse_moe_cuda(**case.arguments), case)
+    for plan in (FUSED, STAGED):
+        with pytest.raises(ValueError, match="w13_bias and w2_bias in bfloat16 or neither, these are"):
+            sparse_moe_cuda(**case.arguments, plan=plan)
+    assert compiled == []
+
+
+def test_biases_that_start_anywhere_are_copied(compiled: list[KernelSpec], seed: int) -> None:
+    case = problem(seed, biases=True, activation="swigluoai")
+    assert case.weights.w2_bias is not None
+    bias = torch.cat([torch.zeros(1).bfloat16(), case.weights.w2_bias.flatten()])[1:].view(8, 128)
+    case = replace(case, weights=replace(case.weights, w2_bias=bias))
+    for plan in (FUSED, STAGED):
+        check_close(sparse_moe_cuda(**case.arguments, plan=plan), case)
+    assert [spec.keywords["has_bias"] for spec in compiled] == [True, True]
+
+
+def test_other_gpus_take_the_dense_path(compiled: list[KernelSpec], seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layer, "_is_hopper", lambda device: False)
     case = problem(seed)
     check_close(sparse_moe_cuda(**case.arguments), case)

@@ -48,7 +48,6 @@ import_without_installation()
 from cutedsl_kernels.compile import dsl  # noqa: E402
 from cutedsl_kernels.compile.specs import staged_spec  # noqa: E402
 from cutedsl_kernels.configs import Plan, StagedConfig, illegal_reason  # noqa: E402
-from cutedsl_kernels.kernels import staged_common  # noqa: E402
 from cutedsl_kernels.shapes import MoEShape  # noqa: E402
 from tests.helpers import check_close, random_problem  # noqa: E402
 
@@ -65,7 +64,6 @@ VARIANTS = (
     "row_groups=2",
     "row_stages=3,row_groups=2",
     "row_stages=3,row_groups=2,up_rows=64,down_stages=3",
-    "fence=0",
     "wgmma=0",
     "deterministic=1",
     "token_block=32",
@@ -76,33 +74,17 @@ VARIANTS = (
 _functions: dict[Any, Any] = {}
 
 
-def compiled(spec: Any, fence: bool = True) -> Any:
-    if (spec, fence) not in _functions:
-        original = staged_common.TileRing.__init__
-        if not fence:
-            build_without_fence()
+def compiled(spec: Any) -> Any:
+    if spec not in _functions:
         folder = pathlib.Path(tempfile.mkdtemp())
         dsl.compile_object(spec, folder / "kernel.o")
-        staged_common.TileRing.__init__ = original  # type: ignore[method-assign]
-        _functions[spec, fence] = dsl.load_object(folder / "kernel.o", spec)
-    return _functions[spec, fence]
-
-
-def build_without_fence() -> None:
-    """An experiment only (the PTX memory model asks for the fence): what does the proxy fence before wgmma cost?"""
-    original = staged_common.TileRing.__init__
-
-    def init(ring: Any, *args: Any) -> None:
-        original(ring, *args)
-        ring.fence = False
-
-    staged_common.TileRing.__init__ = init  # type: ignore[method-assign]
+        _functions[spec] = dsl.load_object(folder / "kernel.o", spec)
+    return _functions[spec]
 
 
 def parse_variant(text: str) -> tuple[StagedConfig, bool]:
     values = {name: int(value) for name, value in (part.split("=") for part in text.split(","))}
     deterministic = bool(values.pop("deterministic", 0))
-    values.pop("fence", 1)
     return dataclasses.replace(StagedConfig(), **values), deterministic
 
 
@@ -116,7 +98,7 @@ class Staged:
         if reason:
             raise ValueError(reason)
         spec = staged_spec(shape, self.config, deterministic=self.deterministic, **flags)
-        self.function = compiled(spec, "fence=0" not in variant)
+        self.function = compiled(spec)
         self.buffers: dict[int, list[torch.Tensor]] = {}
 
     def workspace(self, num_tokens: int, poison: bool = False) -> list[torch.Tensor]:
@@ -131,7 +113,7 @@ class Staged:
 
     def call(self, x, w13, w2_rows, thresholds, ids, routing, expert_map, rho, out, poison=False):
         workspace = self.workspace(x.shape[0], poison)
-        self.function(x, w13, w2_rows, thresholds, ids, routing, expert_map, float(rho), *workspace, out)
+        self.function(x, w13, w2_rows, thresholds, ids, routing, expert_map, None, None, float(rho), *workspace, out)
 
 
 # ---- numbers

@@ -8,19 +8,19 @@ from dataclasses import replace
 from ..configs import FusedConfig, Plan
 from ..cost_model import Gpu
 from ..plan import plan_for
-from ..shapes import KNOWN_MODELS, MoEShape
+from ..shapes import KNOWN_MODELS, KnownModel, MoEShape
 from .specs import KernelSpec, plan_spec
 
 TOKENS = (1, 8, 32, 128, 512)
 SPARSITIES = (0.0, 0.5, 0.7, 0.85, 0.9)
 
 
-def known_shapes() -> Iterator[tuple[str, MoEShape, str]]:
-    """(name, shape, activation) of every known model, at tensor parallel sizes 1, 2, 4 and 8 that divide it."""
+def known_shapes() -> Iterator[tuple[str, MoEShape, KnownModel]]:
+    """(name, shape, model) of every known model, at tensor parallel sizes 1, 2, 4 and 8 that divide it."""
     for model in KNOWN_MODELS.values():
         for size in (1, 2, 4, 8):
             if model.shape.intermediate_size % size == 0:
-                yield f"{model.name} TP{size}", model.shape.shard(size), model.activation
+                yield f"{model.name} TP{size}", model.shape.shard(size), model
 
 
 def default_plans(shape: MoEShape, activation: str) -> list[Plan]:
@@ -37,16 +37,16 @@ def default_specs(hidden_size: int | None = None, every: bool = False) -> dict[K
     """
     found: dict[KernelSpec, list[str]] = {}
     stands_for: dict[object, KernelSpec] = {}
-    for name, shape, activation in known_shapes():
+    for name, shape, model in known_shapes():
         if hidden_size not in (None, shape.hidden_size):
             continue
-        for plan in default_plans(shape, activation):
-            spec = plan_spec(plan, shape, activation=activation)
+        for plan in default_plans(shape, model.activation):
+            spec = plan_spec(plan, shape, activation=model.activation, has_bias=model.biases)
             config, tile = plan.config, 64
             if isinstance(config, FusedConfig):
                 config, tile = replace(config, max_pairs=0), config.tile_neurons
             short = shape.intermediate_size % tile != 0
-            same = spec if every else (shape.hidden_size, short, config, activation)
+            same = spec if every else (shape.hidden_size, short, config, model.activation, model.biases)
             names = found.setdefault(stands_for.setdefault(same, spec), [])
             if name not in names:
                 names.append(name)

@@ -69,6 +69,7 @@ def fused_spec(
     router_weighted: bool = True,
     weight_on_input: bool = False,
     has_expert_map: bool = False,
+    has_bias: bool = False,
 ) -> KernelSpec:
     """Spec of the fused kernel; the caller has asked illegal_reason."""
     return KernelSpec.of(
@@ -82,6 +83,7 @@ def fused_spec(
         router_weighted=router_weighted,
         weight_on_input=weight_on_input,
         has_expert_map=has_expert_map,
+        has_bias=has_bias,
     )
 
 
@@ -96,6 +98,7 @@ def staged_spec(
     router_weighted: bool = True,
     weight_on_input: bool = False,
     has_expert_map: bool = False,
+    has_bias: bool = False,
     deterministic: bool = False,
 ) -> KernelSpec:
     """Spec of the staged path, one object with all its kernels; the caller has asked illegal_reason."""
@@ -110,6 +113,7 @@ def staged_spec(
         router_weighted=router_weighted,
         weight_on_input=weight_on_input,
         has_expert_map=has_expert_map,
+        has_bias=has_bias,
         deterministic=deterministic,
     )
 
@@ -140,6 +144,14 @@ class Fakes:
         order = tuple(reversed(range(len(shape))))
         return self._runtime.make_fake_compact_tensor(dtype, shape, stride_order=order, assumed_align=align)
 
+    def biases(self, spec: Mapping[str, Any]) -> list[Any]:
+        """w13_bias [E, 2I] and w2_bias [E, H], bf16; None and None for a kernel without biases."""
+        if not spec["has_bias"]:
+            return [None, None]
+        experts = spec["num_experts"]
+        rows = 2 * spec["intermediate_size"]
+        return [self.tensor(self.bf16, experts, rows, align=2), self.tensor(self.bf16, experts, spec["hidden_size"])]
+
     def stream(self, env_stream: bool) -> Any:
         return self._runtime.make_fake_stream(use_tvm_ffi_env_stream=env_stream)
 
@@ -155,6 +167,7 @@ def _fused_arguments(fakes: Fakes, spec: Mapping[str, Any]) -> list[Any]:
         fakes.tensor(fakes.i32, tokens, spec["top_k"], align=4),
         fakes.tensor(fakes.f32, tokens, spec["top_k"], align=4),
         fakes.tensor(fakes.i32, fakes.symbol("global experts"), align=4),
+        *fakes.biases(spec),
         fakes.tensor(fakes.f32, rows, hidden),
         fakes.tensor(fakes.i32, rows, align=4),
         fakes.tensor(fakes.bf16, tokens, hidden),
@@ -184,6 +197,7 @@ def _staged_arguments(fakes: Fakes, spec: Mapping[str, Any]) -> list[Any]:
         fakes.tensor(fakes.i32, tokens, top_k, align=4),
         fakes.tensor(fakes.f32, tokens, top_k, align=4),
         fakes.tensor(fakes.i32, fakes.symbol("global experts"), align=4),
+        *fakes.biases(spec),
         fakes.f32(0.0),
         *buffers,
         fakes.tensor(fakes.bf16, tokens, hidden),

@@ -21,6 +21,20 @@ def any_in_group(predicate: cutlass.Boolean, lane: cutlass.Int32, group: cutlass
 
 
 @cute.jit
+def rank_in_warp(predicate: cutlass.Boolean, lane: cutlass.Int32, group: cutlass.Constexpr):
+    """(lanes that set the predicate before this lane's aligned group of ``group`` lanes, lanes that set it in all)."""
+    votes = U32(cute.arch.vote_ballot_sync(predicate))
+    before = cute.arch.lanemask_lt() if cutlass.const_expr(group == 1) else (U32(1) << U32(lane & (32 - group))) - 1
+    return I32(cute.arch.popc(votes & U32(before))), I32(cute.arch.popc(votes))
+
+
+@cute.jit
+def lowest_lane(votes: cutlass.Uint32) -> cutlass.Int32:
+    """The lowest lane in a mask of lanes; 32 if it is empty."""
+    return I32(cute.arch.popc((votes & (U32(0) - votes)) - 1))
+
+
+@cute.jit
 def offset_of_warp(counts: cute.Tensor, warp: cutlass.Int32, num_warps: cutlass.Constexpr):
     """(entries of the warps before ``warp``, entries of all) from counts [num_warps] in shared memory."""
     before, total = I32(0), I32(0)

@@ -46,7 +46,7 @@ import cutlass
 import cutlass.cute as cute
 
 from ..configs import LIST_QUEUE, PRODUCER_REGISTERS, TOKEN_BLOCK, FusedConfig
-from .compaction import any_in_group, offset_of_warp
+from .compaction import any_in_group, offset_of_warp, rank_in_warp
 from .primitives import (
     BF16,
     F32,
@@ -57,19 +57,18 @@ from .primitives import (
     activate_gate,
     load_matrices,
     mma_16x8x8,
-    reduce_add,
     transform_up,
     vector,
 )
 from .routing import PairTable
-from .row_ring import RowRing
+from .token_sums import ROW_BARRIER, TokenSums
 
-GATE_BARRIER, ROW_BARRIER = 1, 2  # named barriers; 0 is the CTA's
+GATE_BARRIER = 1  # a named barrier; 0 is the CTA's
 SLOTS = 8  # K of the down MMA: active rows that one pass of it takes at most
 TOKENS = TOKEN_BLOCK  # the N of the MMAs
 
 
-class FusedDecode(RowRing):
+class FusedDecode(TokenSums):
     """One compiled instance: bf16 weights and activations, fp32 sums; hidden_size a multiple of 64, local experts."""
 
     def __init__(
@@ -84,13 +83,20 @@ class FusedDecode(RowRing):
         router_weighted: bool = True,
         weight_on_input: bool = False,
         has_expert_map: bool = False,
+        has_bias: bool = False,
     ):
         self.H, self.I, self.E, self.top_k = hidden_size, intermediate_size, num_experts, top_k
         self.config, self.activation = config, activation
-        self.router_weighted, self.weight_on_input = router_weighted, weight_on_input
+        self.router_weighted, self.weight_on_input, self.has_bias = router_weighted, weight_on_input, has_bias
         self.table = PairTable(num_experts, top_k, config.max_pairs, TOKENS, has_expert_map)
         self.NT = config.tile_neurons
         self.tiles = -(-intermediate_size // self.NT)
+        # A neuron in the queue's lists; its up bias beside it takes no more shared memory than a kernel without has.
+        self.neuron_type = cutlass.Uint16 if has_bias else I32
+        if has_bias and intermediate_size > 1 << 16:
+            raise ValueError(
+                f"intermediate_size must be at most 65536 for experts with biases, got {intermediate_size}"
+            )
         self.gate_warps, self.row_warps = config.gate_warps, config.updown_warps
         self.gate_stages, self.stage_rows = config.gate_stages, config.stage_rows
         self.row_stages, self.chunk = config.row_stages, config.chunk_rows
@@ -119,6 +125,8 @@ class FusedDecode(RowRing):
         topk_ids: cute.Tensor,
         topk_weights: cute.Tensor,
         expert_map: cute.Tensor,
+        w13_bias: cute.Tensor | None,
+        w2_bias: cute.Tensor | None,
         accum: cute.Tensor,
         counters: cute.Tensor,
         out: cute.Tensor,
@@ -127,8 +135,9 @@ class FusedDecode(RowRing):
         stream: cuda.CUstream,
     ):
         """hidden_states [T, H] bf16, w13 [E, 2I, H] bf16, w2_rows [E, I, H] bf16, thresholds [E, I] fp32, topk_ids
-        [T, k] int32, topk_weights [T, k] fp32, expert_map [E_global] int32 (unused without has_expert_map), accum
-        [>= T, H] fp32 and counters [>= T] int32, zero on entry and on exit, out [T, H] bf16."""
+        [T, k] int32, topk_weights [T, k] fp32, expert_map [E_global] int32 (unused without has_expert_map), w13_bias
+        [E, 2I] and w2_bias [E, H] bf16 (None without has_bias), accum [>= T, H] fp32 and counters [>= T] int32, zero on
+        entry and on exit, out [T, H] bf16."""
         self.kernel(
             hidden_states,
             w13,
@@ -141,6 +150,8 @@ class FusedDecode(RowRing):
             counters,
             out,
             pair_threshold,
+            w13_bias,
+            w2_bias,
         ).launch(grid=(num_ctas, 1, 1), block=(self.threads, 1, 1), stream=stream, min_blocks_per_mp=1, use_pdl=True)
 
     # ---- one CTA -----------------------------------------------------------------------------------------------------
@@ -159,6 +170,8 @@ class FusedDecode(RowRing):
         counters: cute.Tensor,
         out: cute.Tensor,
         pair_threshold: cutlass.Float32,
+        w13_bias: cute.Tensor | None,
+        w2_bias: cute.Tensor | None,
     ):
         thread, _, _ = cute.arch.thread_idx()
         cta, _, _ = cute.arch.block_idx()
@@ -174,13 +187,16 @@ class FusedDecode(RowRing):
         up_sums = self.matrix(smem, F32, self.row_warps * SLOTS, TOKENS)
         coefficients = self.matrix(smem, F32, LIST_QUEUE * self.NT, TOKENS)  # a * r, 0 where inactive
         products = self.matrix(smem, BF16, TOKENS, SLOTS)  # h
-        lists = self.matrix(smem, I32, LIST_QUEUE, self.NT)
+        lists = self.matrix(smem, self.neuron_type, LIST_QUEUE, self.NT)
         list_size = smem.allocate_tensor(I32, cute.make_layout((LIST_QUEUE,)), 16)
         warp_counts = smem.allocate_tensor(I32, cute.make_layout((self.gate_warps,)), 16)
         complete = smem.allocate_tensor(I32, cute.make_layout((TOKENS,)), 16)
         all_tokens = self.matrix(smem, I32, self.warps, TOKENS)
         all_weights = self.matrix(smem, F32, self.warps, TOKENS)
         pair_expert, first_block = self.table.allocate(smem)
+        up_biases = None  # of the neurons in the queue's lists
+        if cutlass.const_expr(self.has_bias):
+            up_biases = self.matrix(smem, BF16, LIST_QUEUE, self.NT)
         barriers = smem.allocate_tensor(
             I64, cute.make_layout((2 * (self.gate_stages + self.row_stages + LIST_QUEUE),)), 16
         ).iterator
@@ -212,15 +228,17 @@ class FusedDecode(RowRing):
         weights = cute.make_tensor(all_weights.iterator + warp * TOKENS, cute.make_layout((TOKENS,)))
         block_of = (num_pairs, topk_weights, pair_expert, first_block, tokens, weights, lane)
         gate, rows = (gate_ring, gate_full, gate_empty), (row_ring, row_full, row_empty)
-        queue = (lists, list_size, coefficients, list_full, list_empty)
+        queue = (lists, list_size, coefficients, up_biases, list_full, list_empty)
         if warp < self.gate_warps:
             self.set_registers(self.gate_registers)
-            self.gate_role(first, last, block_of, thread, warp, gate, queue, gate_sums, thresholds, warp_counts)
+            self.gate_role(
+                first, last, block_of, thread, warp, gate, queue, gate_sums, thresholds, w13_bias, warp_counts
+            )
         elif warp < self.gate_warps + self.row_warps:
             thread -= 32 * self.gate_warps
             self.set_registers(self.row_registers)
             self.clear_unrouted(pair_expert, out, thread, cta, num_ctas)
-            totals = (accum, counters, out, complete)
+            totals = (accum, counters, out, complete, w2_bias)
             self.up_down_role(
                 first, last, block_of, thread, warp - self.gate_warps, rows, queue, up_sums, products, totals
             )
@@ -240,14 +258,6 @@ class FusedDecode(RowRing):
 
     def matrix(self, smem, dtype, rows: int, columns: int):
         return smem.allocate_tensor(dtype, cute.make_layout((rows, columns), stride=(columns, 1)), 128)
-
-    @cute.jit
-    def clear_unrouted(self, pair_expert, out, thread, cta, num_ctas):
-        """Zeros for tokens that no pair computes here."""
-        for token in cutlass.range(cta, cute.size(out, mode=[0]), num_ctas, unroll=1):
-            if self.table.pairs_of_token(token, pair_expert) == 0:
-                for column in cutlass.range(thread, self.H, 32 * self.row_warps, unroll=1):
-                    out[token, column] = BF16(0.0)
 
     @cute.jit
     def locate(self, item, expert, block_of):
@@ -295,7 +305,7 @@ class FusedDecode(RowRing):
     @cute.jit
     def row_producer(self, first, last, block_of, x, w13, w2_rows, rows_ring, queue):
         ring, full, empty = rows_ring
-        lists, list_size, _, list_full, list_empty = queue
+        lists, list_size, _, _, list_full, list_empty = queue
         tokens, lane = block_of[4], block_of[6]
         stage, phase = I32(0), I32(0)
         slot, slot_phase = I32(0), I32(0)
@@ -314,7 +324,7 @@ class FusedDecode(RowRing):
             active = list_size[slot]
             for start in cutlass.range(0, active, self.chunk, unroll=1):
                 rows = cutlass.min(I32(self.chunk), active - start)
-                neuron = lists[slot, start + cutlass.min(lane, rows - 1)]
+                neuron = I32(lists[slot, start + cutlass.min(lane, rows - 1)])
                 up = (I64(expert) * (2 * self.I) + I64(neuron + self.I)) * self.H
                 self.copy_rows(w13.iterator, up, rows, ring, stage, self.chunk, full, empty, phase, lane)
                 stage, phase = self.advance(stage, phase, self.row_stages)
@@ -333,9 +343,11 @@ class FusedDecode(RowRing):
     # ---- gate warps --------------------------------------------------------------------------------------------------
 
     @cute.jit
-    def gate_role(self, first, last, block_of, thread, warp, gate_ring, queue, partial, thresholds, warp_counts):
+    def gate_role(
+        self, first, last, block_of, thread, warp, gate_ring, queue, partial, thresholds, w13_bias, warp_counts
+    ):
         ring, full, empty = gate_ring
-        lists, list_size, coefficients, list_full, list_empty = queue
+        lists, list_size, coefficients, up_biases, list_full, list_empty = queue
         weights, lane = block_of[5], block_of[6]
         threads = 32 * self.gate_warps
         per_warp = self.NT // self.gate_warps  # neurons whose sums one warp finishes
@@ -361,6 +373,13 @@ class FusedDecode(RowRing):
             for i in cutlass.range_constexpr(rounds):
                 neuron = neuron0 + warp * per_warp + i * 4 + lane // 8
                 tau[i] = thresholds[expert, cutlass.min(neuron, I32(self.I - 1))]
+            biases = None  # of gate and up
+            if cutlass.const_expr(self.has_bias):
+                biases = cute.make_rmem_tensor((2, rounds), BF16)
+                for i in cutlass.range_constexpr(rounds):
+                    neuron = neuron0 + warp * per_warp + i * 4 + lane // 8
+                    for half in cutlass.range_constexpr(2):
+                        biases[half, i] = w13_bias[expert, half * self.I + cutlass.min(neuron, I32(self.I - 1))]
             for g in cutlass.range(self.stages_of_tile(neuron0), unroll=1):
                 rows = cutlass.min(I32(self.stage_rows), self.I - (neuron0 + g * self.stage_rows))
                 sums = cute.make_rmem_tensor((4, 1, 2), F32)
@@ -392,6 +411,8 @@ class FusedDecode(RowRing):
                 if real:
                     for w in cutlass.range_constexpr(self.gate_warps):
                         gate += partial[w * self.NT + row, token]
+                    if cutlass.const_expr(self.has_bias):
+                        gate += F32(biases[0, i])
                 value = activate_gate(gate, self.activation)
                 score = cutlass.max(value, -value)
                 if cutlass.const_expr(self.router_weighted):
@@ -403,10 +424,9 @@ class FusedDecode(RowRing):
                 active = any_in_group(keep, lane, 8)
                 leads[i] = active
                 leader = active and token == 0
-                votes = U32(cute.arch.vote_ballot_sync(leader))
-                group_start = U32(lane & 24)
-                ranks[i] = in_warp + I32(cute.arch.popc(votes & ((U32(1) << group_start) - 1)))
-                in_warp += I32(cute.arch.popc(votes))
+                rank, leaders = rank_in_warp(leader, lane, 8)
+                ranks[i] = in_warp + rank
+                in_warp += leaders
             if lane == 0:
                 warp_counts[warp] = in_warp
             cute.arch.barrier(barrier_id=GATE_BARRIER, number_of_threads=threads)
@@ -417,7 +437,9 @@ class FusedDecode(RowRing):
                     position = before + ranks[i]
                     coefficients[slot * self.NT + position, token] = a[i]
                     if token == 0:
-                        lists[slot, position] = neuron0 + warp * per_warp + i * 4 + lane // 8
+                        lists[slot, position] = self.neuron_type(neuron0 + warp * per_warp + i * 4 + lane // 8)
+                        if cutlass.const_expr(self.has_bias):
+                            up_biases[slot, position] = biases[1, i]
             if thread == 0:
                 list_size[slot] = total
             self.release(list_full + slot, lane)
@@ -428,8 +450,8 @@ class FusedDecode(RowRing):
     @cute.jit
     def up_down_role(self, first, last, block_of, thread, warp, rows_ring, queue, up_sums, products, totals):
         ring, full, empty = rows_ring
-        _, list_size, coefficients, list_full, list_empty = queue
-        accum = totals[0]
+        _, list_size, coefficients, up_biases, list_full, list_empty = queue
+        accum, w2_bias = totals[0], totals[4]
         tokens, weights, lane = block_of[4], block_of[5], block_of[6]
         stage, phase = I32(0), I32(0)
         slot, slot_phase = I32(0), I32(0)
@@ -438,7 +460,7 @@ class FusedDecode(RowRing):
         sums = cute.make_rmem_tensor((4, 2, self.row_units if self.keep_sums else 1), F32)
         sums.fill(0.0)
         for item in cutlass.range(first, last, unroll=1):
-            block, _, expert = self.locate(item, expert, block_of)
+            block, tile, expert = self.locate(item, expert, block_of)
             if block != current:
                 if tiles_done > 0:
                     if cutlass.const_expr(self.keep_sums):
@@ -446,7 +468,9 @@ class FusedDecode(RowRing):
                     self.finish_tokens(tokens, count, tiles_done, block_of[2], thread, totals)
                     tiles_done = I32(0)
                 current = block
-                count = self.enter_block(block, expert, block_of, self.weight_on_input)
+                count = self.enter_block(block, expert, block_of, self.weight_on_input or self.has_bias)
+                if cutlass.const_expr(self.has_bias):
+                    self.add_down_bias(w2_bias, tile, expert, tokens, weights, count, thread, accum)
                 stage, phase = self.receive_x(ring, full, empty, stage, phase, count, warp, lane, weights, x)
             cute.arch.mbarrier_wait(list_full + slot, slot_phase)
             active = list_size[slot]
@@ -456,7 +480,7 @@ class FusedDecode(RowRing):
                 self.up_chunk(ring, stage * self.chunk, rows, thread, warp, lane, x, up_sums)
                 self.release(empty + stage, lane)
                 stage, phase = self.advance(stage, phase, self.row_stages)
-                self.multiply(slot * self.NT + start, rows, thread, up_sums, coefficients, products)
+                self.multiply(slot, start, rows, thread, up_sums, coefficients, up_biases, products)
                 cute.arch.mbarrier_wait(full + stage, phase)
                 self.down_chunk(ring, stage * self.chunk, rows, warp, lane, products, sums, tokens, count, accum)
                 self.release(empty + stage, lane)
@@ -502,9 +526,9 @@ class FusedDecode(RowRing):
             up_sums[warp * SLOTS + lane // 4, (lane % 4) * 2 + c] = sums[c, 0, 0] + sums[c, 0, 1]
 
     @cute.jit
-    def multiply(self, first_slot, rows, thread, up_sums, coefficients, products):
+    def multiply(self, slot, start, rows, thread, up_sums, coefficients, up_biases, products):
         """h [token, slot] = bf16(a * r * u), zero past the last active row. Two barriers of the up/down warps."""
-        threads = 32 * self.row_warps
+        threads, first_slot = 32 * self.row_warps, slot * self.NT + start
         cute.arch.barrier(barrier_id=ROW_BARRIER, number_of_threads=threads)
         if thread < SLOTS * TOKENS:
             position, token = thread // TOKENS, thread % TOKENS
@@ -513,6 +537,8 @@ class FusedDecode(RowRing):
                 up = F32(0.0)
                 for w in cutlass.range_constexpr(self.row_warps):
                     up += up_sums[w * SLOTS + position, token]
+                if cutlass.const_expr(self.has_bias):
+                    up += F32(up_biases[slot, start + position])
                 coefficient = coefficients[first_slot + position, token]
                 if coefficient != 0.0:
                     h = coefficient * transform_up(up, self.activation)
@@ -544,52 +570,3 @@ class FusedDecode(RowRing):
                 cute.gemm(mma, c, a, b, c)
             if cutlass.const_expr(not self.keep_sums):
                 self.add_to_output(sums, u, 1, tokens, count, warp, lane, accum)
-
-    @cute.jit
-    def add_to_output(
-        self, sums, first_unit: cutlass.Constexpr, units: cutlass.Constexpr, tokens, count, warp, lane, accum
-    ):
-        """Adds units of sums to accum and clears them. Lane: tokens 2(lane % 4) + c, columns lane // 4 + 8h."""
-        for c in cutlass.range_constexpr(2):
-            slot = (lane % 4) * 2 + c
-            if slot < count:
-                row = accum.iterator + I64(tokens[slot]) * self.H
-                for u in cutlass.range_constexpr(units):
-                    unit = warp * self.row_units + first_unit + u
-                    if unit < self.units:
-                        for half in cutlass.range_constexpr(2):
-                            for h in cutlass.range_constexpr(2):
-                                column = unit * 32 + half * 16 + h * 8 + lane // 4
-                                reduce_add(row + column, sums[2 * h + c, half, u])
-        sums.fill(0.0)
-
-    @cute.jit
-    def finish_tokens(self, tokens, count, tiles_done, pair_expert, thread, totals):
-        """Counts the block's items for each of its tokens; whoever completes a token casts its row and clears it."""
-        accum, counters, out, complete = totals
-        threads = 32 * self.row_warps
-        cute.arch.barrier(barrier_id=ROW_BARRIER, number_of_threads=threads)
-        if thread < count:
-            token = tokens[thread]
-            cute.arch.fence_acq_rel_gpu()  # covers the additions of all threads that met at the barrier
-            expected = self.table.pairs_of_token(token, pair_expert) * self.tiles
-            done = cute.arch.atomic_add(counters.iterator + token, tiles_done, sem="relaxed", scope="gpu")
-            cute.arch.fence_acq_rel_gpu()
-            complete[thread] = I32(1) if done + tiles_done == expected else I32(0)
-        cute.arch.barrier(barrier_id=ROW_BARRIER, number_of_threads=threads)
-        for slot in cutlass.range(count, unroll=1):
-            if complete[slot] != 0:
-                token = tokens[slot]
-                source = accum.iterator + I64(token) * self.H
-                target = out.iterator + I64(token) * self.H
-                for group in cutlass.range(thread, self.H // 4, threads, unroll=1):
-                    values = cute.make_rmem_tensor((4,), F32)
-                    cute.autovec_copy(vector(source, group * 4, 4, 4), values)
-                    cast = cute.make_rmem_tensor((4,), BF16)
-                    for c in cutlass.range_constexpr(4):
-                        cast[c] = BF16(values[c])
-                        values[c] = F32(0.0)
-                    cute.autovec_copy(values, vector(source, group * 4, 4, 4))
-                    cute.autovec_copy(cast, vector(target, group * 4, 4, 4))
-                if thread == 0:
-                    counters[token] = 0

@@ -29,8 +29,12 @@ class GateCompact:
         self.spec, self.ring = spec, spec.row_ring()
 
     @cute.jit
-    def launch(self, tokens, w13, thresholds, topk_weights, items, sorted_pairs, counts, neurons, gates, stream):
-        self.kernel(tokens, w13, thresholds, topk_weights, items, sorted_pairs, counts, neurons, gates).launch(
+    def launch(
+        self, tokens, w13, w13_bias, thresholds, topk_weights, items, sorted_pairs, counts, neurons, gates, stream
+    ):
+        self.kernel(
+            tokens, w13, thresholds, topk_weights, items, sorted_pairs, counts, neurons, gates, w13_bias
+        ).launch(
             grid=(self.spec.row_blocks, cute.size(items, mode=[0]), 1),
             block=(self.ring.threads, 1, 1),
             stream=stream,
@@ -51,6 +55,7 @@ class GateCompact:
         counts: cute.Tensor,
         neurons: cute.Tensor,
         gates: cute.Tensor,
+        w13_bias: cute.Tensor | None,
     ):
         spec = self.spec
         thread, _, _ = cute.arch.thread_idx()
@@ -72,6 +77,11 @@ class GateCompact:
             tau = cute.make_rmem_tensor((2,), F32)
             for h in cutlass.range_constexpr(2):
                 tau[h] = thresholds[expert, cutlass.min(first + 8 * h, I32(spec.intermediate_size - 1))]
+            bias = None
+            if cutlass.const_expr(spec.has_bias):
+                bias = cute.make_rmem_tensor((2,), F32)
+                for h in cutlass.range_constexpr(2):
+                    bias[h] = F32(w13_bias[expert, cutlass.min(first + 8 * h, I32(spec.intermediate_size - 1))])
             base = I64(expert) * (2 * spec.intermediate_size * spec.hidden_size)
             acc = self.ring.accumulators()
             self.ring.product_of_rows(
@@ -88,18 +98,21 @@ class GateCompact:
             active.fill(False)
             for j in cutlass.range_constexpr(spec.token_block // 8):
                 if 8 * j < num_tokens:
-                    self.activate(acc, active, weights, tau, first, num_tokens, j, lane)
+                    self.activate(acc, active, weights, bias, tau, first, num_tokens, j, lane)
             self.write_lists(active, acc, num_tokens, warp_counts, item, block, thread, counts, neurons, gates)
 
     @cute.jit
-    def activate(self, acc, active, weights, tau, first, num_tokens, j: cutlass.Constexpr, lane):
+    def activate(self, acc, active, weights, bias, tau, first, num_tokens, j: cutlass.Constexpr, lane):
         """Tokens 8 j .. 8 j + 7: acc becomes a * r, 0 where inactive; active [2] |= this lane's rows with any."""
         spec = self.spec
         for c in cutlass.range_constexpr(2):
             t = 8 * j + 2 * (lane % 4) + c
             weight = weights[t]
             for h in cutlass.range_constexpr(2):
-                a = activate_gate(acc[(c, h, j), 0], spec.activation)
+                gate = acc[(c, h, j), 0]
+                if cutlass.const_expr(spec.has_bias):
+                    gate = gate + bias[h]
+                a = activate_gate(gate, spec.activation)
                 score = cutlass.max(a, -a)
                 if cutlass.const_expr(spec.router_weighted):
                     score = score * weight

@@ -28,6 +28,8 @@ BATCH = 8  # pairs of one lane that are in registers at once: 4096 pairs are rea
 class RouteSort:
     """items [max_items, 4] (expert, first position, tokens, 0), sorted_pairs [T*k], kept [T*k], all int32.
 
+    kept: 0 for a dropped pair, else 1, or with biases the local expert + 1, which combine needs.
+
     max_items is at least min(T*k, E + T*k / token_block): more items there cannot be. Unused ones get 0 tokens.
     """
 
@@ -132,7 +134,8 @@ class RouteSort:
                     pair = begin + (step + i) * 32 + lane
                     expert = local[i]
                     if pair < num_pairs:
-                        kept[pair] = I32(1) if expert < experts else I32(0)
+                        here = expert + 1 if cutlass.const_expr(self.spec.has_bias) else I32(1)
+                        kept[pair] = here if expert < experts else I32(0)
                     same = U32(cute.arch.match_sync(0xFFFFFFFF, expert))
                     if expert < experts and (same & below) == 0:
                         counts[warp, expert] = counts[warp, expert] + I32(cute.arch.popc(same))

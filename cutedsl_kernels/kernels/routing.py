@@ -11,6 +11,7 @@ from __future__ import annotations
 import cutlass
 import cutlass.cute as cute
 
+from .compaction import lowest_lane, rank_in_warp
 from .primitives import I32, U32
 
 
@@ -105,7 +106,7 @@ class PairTable:
         end = I32(self.num_experts)
         low = first_block[cutlass.min(lane * run, end)]
         high = first_block[cutlass.min(lane * run + run, end)]
-        owner = self.lowest_lane(low <= block and block < high)
+        owner = lowest_lane(U32(cute.arch.vote_ballot_sync(low <= block and block < high)))
         expert = owner * run
         for i in cutlass.range_constexpr(0, run, 32):
             e = owner * run + i + lane
@@ -114,13 +115,8 @@ class PairTable:
             owns = inside and first_block[e] <= block and block < first_block[e + 1]
             votes = U32(cute.arch.vote_ballot_sync(owns))
             if votes != 0:
-                expert = owner * run + i + I32(cute.arch.popc((votes & (U32(0) - votes)) - 1))
+                expert = owner * run + i + lowest_lane(votes)
         return expert
-
-    @cute.jit
-    def lowest_lane(self, predicate: cutlass.Boolean) -> cutlass.Int32:
-        votes = U32(cute.arch.vote_ballot_sync(predicate))
-        return I32(cute.arch.popc((votes & (U32(0) - votes)) - 1))
 
     @cute.jit
     def pairs_of_block(
@@ -148,13 +144,13 @@ class PairTable:
             hit = p < num_pairs
             if hit:
                 hit = I32(pair_expert[p]) == expert
-            votes = U32(cute.arch.vote_ballot_sync(hit))
-            position = found + I32(cute.arch.popc(votes & U32(cute.arch.lanemask_lt()))) - rank
+            before, hits = rank_in_warp(hit, lane, 1)
+            position = found + before - rank
             if hit and position >= 0 and position < self.token_block:
                 tokens[position] = I32(U32(p) // self.top_k)
                 if cutlass.const_expr(with_weights):
                     weights[position] = routing[p]
-            found += I32(cute.arch.popc(votes))
+            found += hits
         cute.arch.sync_warp()
         return cutlass.min(found - rank, I32(self.token_block))
 

@@ -215,9 +215,10 @@ class Combine:
         self.spec = spec
 
     @cute.jit
-    def launch(self, kept, total, out, stream):
+    def launch(self, w2_bias, topk_weights, kept, total, out, stream):
         width = THREADS * 8
-        self.kernel(kept, total, out).launch(
+        weights = topk_weights if cutlass.const_expr(self.spec.has_bias) else None
+        self.kernel(kept, total, out, weights, w2_bias).launch(
             grid=(cute.size(out, mode=[0]), (self.spec.hidden_size + width - 1) // width, 1),
             block=(THREADS, 1, 1),
             stream=stream,
@@ -225,7 +226,14 @@ class Combine:
         )
 
     @cute.kernel
-    def kernel(self, kept: cute.Tensor, total: cute.Tensor, out: cute.Tensor):
+    def kernel(
+        self,
+        kept: cute.Tensor,
+        total: cute.Tensor,
+        out: cute.Tensor,
+        topk_weights: cute.Tensor | None,
+        w2_bias: cute.Tensor | None,
+    ):
         spec = self.spec
         thread, _, _ = cute.arch.thread_idx()
         token, part, _ = cute.arch.block_idx()
@@ -240,7 +248,7 @@ class Combine:
                     values.fill(0.0)
                     for j in cutlass.range_constexpr(spec.top_k):  # all loads before the first use
                         pair = token * spec.top_k + j
-                        if kept[pair] == 1:
+                        if kept[pair] > 0 if cutlass.const_expr(spec.has_bias) else kept[pair] == 1:
                             row = I64(split * cute.size(kept) + pair) * spec.hidden_size + column
                             cute.autovec_copy(vector(total.iterator, row), values[None, j])
                     for j in cutlass.range_constexpr(spec.top_k):
@@ -248,7 +256,30 @@ class Combine:
                             result[i] = result[i] + values[i, j]
             else:
                 cute.autovec_copy(vector(total.iterator, I64(token) * spec.hidden_size + column), result)
+            if cutlass.const_expr(spec.has_bias):
+                self.add_bias(result, token, column, kept, topk_weights, w2_bias)
             rounded = cute.make_rmem_tensor((8,), BF16)
             for i in cutlass.range_constexpr(8):
                 rounded[i] = BF16(result[i])
             cute.autovec_copy(rounded, vector(out.iterator, I64(token) * spec.hidden_size + column))
+
+    @cute.jit
+    def add_bias(self, result, token, column, kept, topk_weights, w2_bias):
+        """result [8] += the down biases of the token's kept pairs, times the routing weights unless x had them."""
+        spec = self.spec
+        weights = cute.make_rmem_tensor((spec.top_k,), F32)
+        bias = cute.make_rmem_tensor((8, spec.top_k), BF16)
+        bias.fill(0.0)
+        for j in cutlass.range_constexpr(spec.top_k):  # all loads before the first use
+            expert = kept[token * spec.top_k + j] - 1
+            weights[j] = F32(1.0)
+            if cutlass.const_expr(not spec.weight_on_input):
+                weights[j] = topk_weights[token, j]
+            if expert >= 0:
+                row = I64(expert) * spec.hidden_size + column
+                cute.autovec_copy(vector(w2_bias.iterator, row), bias[None, j])
+            else:
+                weights[j] = F32(0.0)
+        for j in cutlass.range_constexpr(spec.top_k):
+            for i in cutlass.range_constexpr(8):
+                result[i] = result[i] + F32(bias[i, j]) * weights[j]

@@ -33,6 +33,7 @@ class SparseUp:
         self,
         tokens,
         w13,
+        w13_bias,
         topk_weights,
         items,
         sorted_pairs,
@@ -45,7 +46,7 @@ class SparseUp:
         stream,
     ):
         self.kernel(
-            tokens, w13, topk_weights, items, sorted_pairs, counts, neurons, gates, active, slots, hidden
+            tokens, w13, topk_weights, items, sorted_pairs, counts, neurons, gates, active, slots, hidden, w13_bias
         ).launch(
             grid=(-(-self.spec.intermediate_size // self.rows), cute.size(items, mode=[0]), 1),
             block=(self.ring.threads, 1, 1),
@@ -69,6 +70,7 @@ class SparseUp:
         active: cute.Tensor,
         slots: cute.Tensor,
         hidden: cute.Tensor,
+        w13_bias: cute.Tensor | None,
     ):
         spec = self.spec
         thread, _, _ = cute.arch.thread_idx()
@@ -109,6 +111,9 @@ class SparseUp:
                 a_rows = cute.make_rmem_tensor((4,), I32)
                 for i in cutlass.range_constexpr(4):
                     a_rows[i] = slot_neuron[thread // 8 + i * self.ring.line_step]
+                bias = None
+                if cutlass.const_expr(spec.has_bias):
+                    bias = self.load_bias(w13_bias, expert, slot_neuron, thread)
                 base = (I64(expert) * 2 + 1) * (spec.intermediate_size * spec.hidden_size)
                 acc = self.ring.accumulators()
                 self.ring.product_of_rows(
@@ -121,12 +126,22 @@ class SparseUp:
                     thread,
                     spec.hidden_size,
                 )
-                self.write_hidden(acc, slot_position, gates, hidden, item, first, last, num_tokens, thread)
+                self.write_hidden(acc, bias, slot_position, gates, hidden, item, first, last, num_tokens, thread)
                 if last == total:
                     self.write_padding(hidden, item, total, num_tokens, thread)
 
     @cute.jit
-    def write_hidden(self, acc, slot_position, gates, hidden, item, first, last, num_tokens, thread):
+    def load_bias(self, w13_bias, expert, slot_neuron, thread):
+        """Up biases of the two rows of this thread's accumulators; any number for a row without a neuron."""
+        lane, warp = thread % 32, thread // 32
+        bias = cute.make_rmem_tensor((2,), F32)
+        for h in cutlass.range_constexpr(2):
+            neuron = cutlass.max(slot_neuron[warp * 16 + lane // 4 + 8 * h], I32(0))
+            bias[h] = F32(w13_bias[expert, self.spec.intermediate_size + neuron])
+        return bias
+
+    @cute.jit
+    def write_hidden(self, acc, bias, slot_position, gates, hidden, item, first, last, num_tokens, thread):
         spec = self.spec
         lane, warp = thread % 32, thread // 32
         gate = cute.make_rmem_tensor((2,), F32)
@@ -141,7 +156,10 @@ class SparseUp:
                         cute.autovec_copy(cute.make_tensor(source + 8 * j, cute.make_layout((2,))), gate)
                         for c in cutlass.range_constexpr(2):
                             t = 8 * j + 2 * (lane % 4) + c
-                            u = transform_up(acc[(c, h, j), 0], spec.activation)
+                            u = acc[(c, h, j), 0]
+                            if cutlass.const_expr(spec.has_bias):
+                                u = u + bias[h]
+                            u = transform_up(u, spec.activation)
                             if t < num_tokens:
                                 target = (I64(item) * spec.token_block + t) * spec.capacity + slot
                                 (hidden.iterator + target).store(BF16(gate[c] * u))

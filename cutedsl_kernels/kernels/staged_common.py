@@ -53,6 +53,7 @@ class StagedSpec:
     router_weighted: bool = True
     weight_on_input: bool = False
     has_expert_map: bool = False
+    has_bias: bool = False
     deterministic: bool = False
 
     @property
@@ -106,7 +107,7 @@ class TileRing:
 
     def __init__(self, token_block: int, stages: int, atoms: int, wgmma: bool, row_major: bool, groups: int = 1):
         self.token_block, self.stages, self.atoms = token_block, stages, atoms
-        self.wgmma, self.row_major, self.fence = wgmma, row_major, wgmma
+        self.wgmma, self.row_major = wgmma, row_major
         self.threads, self.lines = THREADS * groups, ROWS * groups
         self.line_step = 16 * groups  # from one line of a thread to its next
         self.a_size = self.lines * LINE * atoms
@@ -192,7 +193,7 @@ class TileRing:
     def wait_for_tile(self):
         """Returns when the oldest tile in flight has landed for all threads, and all have left the tile before it."""
         cute.arch.cp_async_wait_group(self.stages - 2)
-        if cutlass.const_expr(self.fence):
+        if cutlass.const_expr(self.wgmma):
             cute.arch.fence_proxy("async.shared", space="cta")
         cute.arch.sync_threads()
 

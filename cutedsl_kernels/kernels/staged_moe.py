@@ -23,7 +23,7 @@ class StagedMoE:
     """hidden_states [T, H] -> out [T, H], both bf16, through the buffers of StagedConfig.workspace.
 
     topk_ids, topk_weights [T, k]; w13 [E, 2I, H], w2_rows [E, I, H]; thresholds [E, I] fp32; expert_map [E_global]
-    int32, ignored unless the spec has one.
+    int32, ignored unless the spec has one; w13_bias [E, 2I] and w2_bias [E, H], both None unless the spec has them.
     """
 
     def __init__(self, **fields: Any):
@@ -44,6 +44,8 @@ class StagedMoE:
         topk_ids: cute.Tensor,
         topk_weights: cute.Tensor,
         expert_map: cute.Tensor,
+        w13_bias: cute.Tensor | None,
+        w2_bias: cute.Tensor | None,
         pair_threshold: cutlass.Float32,
         items: cute.Tensor,
         sorted_pairs: cute.Tensor,
@@ -74,11 +76,12 @@ class StagedMoE:
             stream,
         )
         self.gate_compact.launch(
-            tokens, w13, thresholds, topk_weights, items, sorted_pairs, counts, neurons, gates, stream
+            tokens, w13, w13_bias, thresholds, topk_weights, items, sorted_pairs, counts, neurons, gates, stream
         )
         self.sparse_up.launch(
             tokens,
             w13,
+            w13_bias,
             topk_weights,
             items,
             sorted_pairs,
@@ -91,4 +94,4 @@ class StagedMoE:
             stream,
         )
         self.sparse_down.launch(w2_rows, items, sorted_pairs, active, slots, hidden, total, stream)
-        self.combine.launch(kept, total, out, stream)
+        self.combine.launch(w2_bias, topk_weights, kept, total, out, stream)

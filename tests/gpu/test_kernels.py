@@ -67,6 +67,12 @@ def check_scratch_is_clean() -> None:
         {"sparsity": 0.5, "activation": "gelu"},
         {"activation": "gelu_tanh", "router_weighted": False},
         {"activation": "swigluoai"},
+        {"activation": "swigluoai", "biases": True},
+        {"activation": "swigluoai", "biases": True, "sparsity": 0.0, "routing": "zipf"},
+        {"activation": "swigluoai", "biases": True, "sparsity": 1.0, "skip_pairs": 0.35},
+        {"biases": True, "remote_experts": True, "invalid_ids": True, "router_weighted": False},
+        {"biases": True, "top_k": 1, "apply_router_weight_on_input": True, "router_weighted": False},
+        {"biases": True, "activation": "swigluoai", "intermediate_size": 200, "hidden_size": 64, "skip_pairs": 0.9},
         {"skip_pairs": 0.35, "routing": "zipf"},
         {"skip_pairs": 0.9},
         {"routing": "one-expert"},
@@ -108,7 +114,10 @@ def full_problem(name: str, num_tokens: int, seed: int, sparsity: float) -> Prob
         return torch.randn(size, device="cuda", dtype=torch.bfloat16).mul_(scale)
 
     weights = ExpertWeights(
-        randn(experts, 2 * inter, hidden, scale=hidden**-0.5), randn(experts, inter, hidden, scale=inter**-0.5)
+        randn(experts, 2 * inter, hidden, scale=hidden**-0.5),
+        randn(experts, inter, hidden, scale=inter**-0.5),
+        randn(experts, 2 * inter, scale=0.5) if model.biases else None,
+        randn(experts, hidden, scale=0.5) if model.biases else None,
     )
     x = randn(num_tokens, hidden)
     ids = torch.rand(num_tokens, experts, device="cuda").topk(shape.top_k).indices.int()

@@ -69,6 +69,7 @@ def test_specs_differ_exactly_when_the_code_does() -> None:
         fused_spec(shape, config, router_weighted=False),
         fused_spec(shape, config, weight_on_input=True),
         fused_spec(shape, config, has_expert_map=True),
+        fused_spec(shape, config, has_bias=True),
     ]
     assert len({spec, *others}) == len(others) + 1
     assert len({s.name for s in (spec, *others)}) == len(others) + 1
@@ -289,7 +290,9 @@ def test_without_tvm_ffi_tensors_get_the_layout_that_was_compiled(num_tokens: in
     from cutlass._mlir import ir
 
     shape = MoEShape(8, 1, 128, 64)
-    for spec in (fused_spec(shape, FusedConfig()), staged_spec(shape, StagedConfig())):
+    specs = [fused_spec(shape, FusedConfig(), has_bias=bias) for bias in (False, True)]
+    specs += [staged_spec(shape, StagedConfig(), has_bias=bias) for bias in (False, True)]
+    for spec in specs:
         names: dict[str, int] = {}
         for fake in fake_arguments(spec, env_stream=False):
             if not hasattr(fake, "shape"):

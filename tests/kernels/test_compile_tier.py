@@ -7,10 +7,12 @@ kernels that differ only in numbers no choice in the code depends on.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 
 from cutedsl_kernels import KNOWN_MODELS
+from cutedsl_kernels.compile import KernelSpec
 from cutedsl_kernels.compile.defaults import default_specs, known_shapes
 from cutedsl_kernels.compile.inspect import KernelFacts, inspect_kernels
 from cutedsl_kernels.compile.specs import fused_spec, staged_spec
@@ -80,6 +82,38 @@ def test_fused_kernel_by_activation(activation: str) -> None:
     shape = KNOWN_MODELS["qwen3.5-35b-a3b"].shape
     spec = fused_spec(shape, FusedConfig(), activation=activation, weight_on_input=True, has_expert_map=True)
     assert not [fault for fact in inspect_kernels(spec) for fault in faults(fact)]
+
+
+def bias_specs() -> dict[str, KernelSpec]:
+    """Kernels with biases that no default plan of gpt-oss chooses."""
+    wide, narrow = KNOWN_MODELS["gpt-oss-20b"].shape, KNOWN_MODELS["qwen3.5-35b-a3b"].shape
+    mapped = {"has_bias": True, "has_expert_map": True, "activation": "swigluoai"}
+    on_input = mapped | {"weight_on_input": True, "router_weighted": False}
+    staged = StagedConfig(down_atoms=1)
+    return {
+        "fused, sums kept": fused_spec(narrow, FusedConfig(), **mapped),
+        "fused, weight on the input": fused_spec(
+            wide, FusedConfig(gate_stages=1, row_stages=3, keep_sums=0), **on_input
+        ),
+        "fused, tiles of 128": fused_spec(
+            wide, FusedConfig(tile_neurons=128, gate_stages=1, row_stages=2, keep_sums=0), **mapped
+        ),
+        "staged": staged_spec(wide, staged, **mapped),
+        "staged, weight on the input": staged_spec(wide, replace(staged, wgmma=0), **on_input),
+        "staged, 64 tokens, deterministic": staged_spec(
+            wide, replace(staged, token_block=64, down_splits=2), deterministic=True, **mapped
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", bias_specs())
+def test_kernels_with_biases(name: str) -> None:
+    assert not [fault for fact in inspect_kernels(bias_specs()[name]) for fault in faults(fact)]
+
+
+def test_biases_are_compiled_where_the_model_has_them() -> None:
+    for spec, names in default_specs().items():
+        assert spec.keywords["has_bias"] == any(name.startswith("gpt-oss") for name in names)
 
 
 def test_all_known_models_are_covered() -> None:

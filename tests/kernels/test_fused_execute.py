@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import pytest
 import torch
 
+from cutedsl_kernels import KNOWN_MODELS, plan_for
+from cutedsl_kernels.compile.specs import fake_arguments, fused_spec
 from cutedsl_kernels.configs import FusedConfig
+from cutedsl_kernels.cost_model import Gpu
 from tests.helpers import Problem, check_close, random_problem
 
-cutlass = pytest.importorskip("cutlass")
-import cutlass.cute as cute  # noqa: E402
-from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream  # noqa: E402
-
-from cutedsl_kernels.kernels.fused_decode import FusedDecode  # noqa: E402
-
+pytest.importorskip("cutlass")
 pytestmark = pytest.mark.execute
 
 WIDE = FusedConfig(tile_neurons=32, stage_rows=16, gate_stages=2, chunk_rows=8, row_stages=3)
@@ -23,63 +22,27 @@ NARROW = FusedConfig(tile_neurons=16, stage_rows=8, gate_stages=2, chunk_rows=4,
 
 
 @functools.cache
-def build(run_ptx, config, hidden, inter, experts, top_k, activation, router_weighted, on_input, has_map):
-    op = FusedDecode(
-        hidden_size=hidden,
-        intermediate_size=inter,
-        num_experts=experts,
-        top_k=top_k,
-        config=config,
-        activation=activation,
-        router_weighted=router_weighted,
-        weight_on_input=on_input,
-        has_expert_map=has_map,
-    )
-    bf16, f32, i32 = cutlass.BFloat16, cutlass.Float32, cutlass.Int32
-
-    def fake(dtype, *shape, align=16):
-        order = tuple(range(len(shape) - 1, -1, -1))
-        return make_fake_compact_tensor(dtype, shape, stride_order=order, assumed_align=align)
-
-    tokens, rows, counts, known = (cute.sym_int() for _ in range(4))
-    return run_ptx.compile(
-        op,
-        fake(bf16, tokens, hidden),
-        fake(bf16, experts, 2 * inter, hidden),
-        fake(bf16, experts, inter, hidden),
-        fake(f32, experts, inter, align=4),
-        fake(i32, tokens, top_k, align=4),
-        fake(f32, tokens, top_k, align=4),
-        fake(i32, known, align=4),
-        fake(f32, rows, hidden),
-        fake(i32, counts, align=4),
-        fake(bf16, tokens, hidden),
-        f32(0.0),
-        i32(1),
-        make_fake_stream(),
-    )
+def build(run_ptx, spec):
+    return run_ptx.compile(spec.build(), *fake_arguments(spec, env_stream=False))
 
 
 def execute(run_ptx, problem: Problem, config: FusedConfig, num_ctas: int) -> torch.Tensor:
     weights, (tokens, top_k) = problem.weights, problem.topk_ids.shape
-    program = build(
-        run_ptx,
+    spec = fused_spec(
+        weights.shape(top_k),
         config,
-        weights.hidden_size,
-        weights.intermediate_size,
-        weights.num_experts,
-        top_k,
-        problem.activation,
-        problem.router_weighted,
-        problem.apply_router_weight_on_input,
-        problem.expert_map is not None,
+        activation=problem.activation,
+        router_weighted=problem.router_weighted,
+        weight_on_input=problem.apply_router_weight_on_input,
+        has_expert_map=problem.expert_map is not None,
+        has_bias=weights.w2_bias is not None,
     )
     out = torch.full_like(problem.hidden_states, float("nan"))
     accum = torch.zeros(tokens, weights.hidden_size)
     counters = torch.zeros(tokens, dtype=torch.int32)
     expert_map = problem.expert_map if problem.expert_map is not None else torch.zeros(1, dtype=torch.int32)
     run_ptx(
-        program,
+        build(run_ptx, spec),
         problem.hidden_states,
         weights.w13,
         weights.w2_rows,
@@ -87,6 +50,7 @@ def execute(run_ptx, problem: Problem, config: FusedConfig, num_ctas: int) -> to
         problem.topk_ids,
         problem.topk_weights,
         expert_map,
+        *(bias for bias in (weights.w13_bias, weights.w2_bias) if bias is not None),
         accum,
         counters,
         run_ptx.Uninit(out),
@@ -172,3 +136,34 @@ def test_forty_tokens_on_one_expert(run_ptx, seed):
         seed, num_tokens=40, num_experts=1, top_k=1, hidden_size=128, intermediate_size=40, sparsity=0.8
     )
     check_close(execute(run_ptx, problem, WIDE, 2), problem)
+
+
+BIASED: dict[str, dict[str, Any]] = {
+    "gpt-oss, most inactive": {"sparsity": 0.9},
+    "gpt-oss, dense": {"sparsity": 0.0, "num_tokens": 13},
+    "no active neuron": {"sparsity": 1.0, "num_tokens": 9},
+    "silu, most pairs dropped": {"activation": "silu", "skip_pairs": 0.6, "routing": "zipf", "num_tokens": 11},
+    "all pairs dropped": {"skip_pairs": 1.0},
+    "repeated ids": {"routing": "repeated", "sparsity": 0.5, "num_tokens": 10},
+    "expert map, wrong ids": {"remote_experts": True, "invalid_ids": True, "num_tokens": 9, "router_weighted": False},
+    "weight on the input": {"apply_router_weight_on_input": True, "router_weighted": False, "sparsity": 0.6},
+    "one expert, tail of 8": {"num_experts": 1, "top_k": 1, "intermediate_size": 24, "num_tokens": 20},
+}
+
+
+@pytest.mark.parametrize("name", BIASED)
+def test_biases(run_ptx, seed, name):
+    """Gate, up and down biases; the latter also of pairs without an active neuron."""
+    sizes = {"num_tokens": 5, "num_experts": 4, "top_k": 2, "hidden_size": 128, "intermediate_size": 40}
+    problem = random_problem(seed, biases=True, **(sizes | {"activation": "swigluoai"} | BIASED[name]))
+    check_close(execute(run_ptx, problem, WIDE, 3), problem)
+    check_close(execute(run_ptx, problem, NARROW, 2), problem)
+
+
+def test_biases_at_the_width_of_gpt_oss(run_ptx, seed):
+    """H = 2880, the plan of a single token: the warps' shares of H and of the down bias are not equal."""
+    config = plan_for(KNOWN_MODELS["gpt-oss-20b"].shape, 1, 0.85, Gpu(), 0.0, "swigluoai").config
+    assert isinstance(config, FusedConfig)
+    sizes = {"num_tokens": 2, "num_experts": 2, "top_k": 2, "hidden_size": 2880, "intermediate_size": 24}
+    problem = random_problem(seed, biases=True, activation="swigluoai", **sizes)
+    check_close(execute(run_ptx, problem, config, 2), problem)

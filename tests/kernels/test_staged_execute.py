@@ -46,6 +46,7 @@ def execute(run_ptx, problem: Problem, config: StagedConfig, deterministic: bool
         router_weighted=problem.router_weighted,
         weight_on_input=on_input,
         has_expert_map=problem.expert_map is not None,
+        has_bias=weights.w2_bias is not None,
         deterministic=deterministic,
     )
     tensors = {
@@ -62,6 +63,7 @@ def execute(run_ptx, problem: Problem, config: StagedConfig, deterministic: bool
         run_ptx.ReadOnly(problem.topk_ids),
         run_ptx.ReadOnly(problem.topk_weights),
         run_ptx.ReadOnly(torch.zeros(1, dtype=torch.int32) if problem.expert_map is None else problem.expert_map),
+        *(run_ptx.ReadOnly(bias) for bias in (weights.w13_bias, weights.w2_bias) if bias is not None),
         problem.pair_threshold,
         *(run_ptx.Uninit(tensor) for tensor in tensors.values()),
     )
@@ -75,7 +77,7 @@ def check_lists(problem: Problem, config: StagedConfig, tensors: dict[str, torch
     items, positions, kept = [], [], torch.zeros(problem.topk_ids.numel(), dtype=torch.int32)
     for trace in expert_traces(problem):
         pairs = trace.token * top_k + trace.slot
-        kept[pairs] = 1
+        kept[pairs] = 1 if problem.weights.w2_bias is None else trace.expert + 1
         for first in range(0, len(pairs), config.token_block):
             block = slice(first, first + config.token_block)
             items.append((trace.expert, len(positions), trace.active[block]))
@@ -192,6 +194,27 @@ def test_wgmma(run_ptx, seed: int, number: int) -> None:
     config = list(WGMMA_CONFIGS.values())[number]
     for num_tokens, routing in ((5, "uniform"), (37, "zipf"), (33, "one-expert")):
         run(run_ptx, seed, config, number % 2 == 0, num_tokens=num_tokens, routing=routing, sparsity=0.7)
+
+
+BIASED: dict[str, dict[str, Any]] = {
+    "gpt-oss, most inactive": {"sparsity": 0.9},
+    "gpt-oss, dense": {"sparsity": 0.0, "num_tokens": 17},
+    "no active neuron": {"sparsity": 1.0, "num_tokens": 9},
+    "silu, most pairs dropped": {"activation": "silu", "skip_pairs": 0.6, "routing": "zipf", "num_tokens": 19},
+    "all pairs dropped": {"skip_pairs": 1.0},
+    "repeated ids": {"routing": "repeated", "sparsity": 0.5, "num_tokens": 21},
+    "expert map, wrong ids": {"remote_experts": True, "invalid_ids": True, "num_tokens": 19, "router_weighted": False},
+    "weight on the input": {"apply_router_weight_on_input": True, "router_weighted": False, "sparsity": 0.6},
+    "one expert, tail of 8": {"num_experts": 1, "top_k": 1, "intermediate_size": 8, "num_tokens": 20},
+}
+
+
+@pytest.mark.parametrize("name", BIASED)
+def test_biases(run_ptx, seed: int, name: str) -> None:
+    """Gate, up and down biases, in both reductions; the latter also of pairs without an active neuron."""
+    for config, deterministic in ((WARP, False), (replace(WGMMA, down_splits=2), True)):
+        options = {"num_tokens": 5, "activation": "swigluoai"} | BIASED[name]
+        run(run_ptx, seed, config, deterministic, biases=True, **options)
 
 
 def test_more_pairs_than_the_sort_keeps_in_registers(run_ptx, seed: int) -> None:
