@@ -8,8 +8,9 @@ LayerHistogram keeps, in bounded memory and mergeable over batches and ranks,
     routed  [112, 800] neurons by (r, |a| * r)
     gate_fine, routed_fine [51200]   neurons by the same scores, whatever r
 
-in log-spaced bins: every octave is cut into a power of two of equal parts, so that a value's bin is read off its
-fp32 bits. The second axis of the joint histograms is what makes pair skipping exact: neurons of pairs
+and, where the number of experts is given, ``experts`` [2, E, 200]: neurons of each expert by |a| and by |a| * r, in
+quarter octaves. All in log-spaced bins: every octave is cut into a power of two of equal parts, so that a value's bin
+is read off its fp32 bits. The second axis of the joint histograms is what makes pair skipping exact: neurons of pairs
 below rho count as inactive, so tau is a quantile over the neurons of the *remaining* pairs only. Under tensor
 parallelism every rank sees all pairs and its own neurons, under expert parallelism its own pairs: adding the ranks'
 histograms gives right shares in both cases.
@@ -40,6 +41,7 @@ ROUTING_BINS = (ROUTING_OCTAVES[1] - ROUTING_OCTAVES[0]) << ROUTING_SPLIT
 PAIR_BINS = (ROUTING_OCTAVES[1] - ROUTING_OCTAVES[0]) << PAIR_SPLIT  # every coarse bin of r is a run of fine ones
 SCORES = ("gate", "gate-routed")
 DEFAULT_TARGETS = (*(round(0.05 * i, 2) for i in range(1, 20)), 0.97, 0.98, 0.99)
+EXPERT_SPLIT = 2
 _CHUNK_ELEMENTS = 1 << 22
 
 
@@ -98,28 +100,37 @@ def score_edges() -> np.ndarray:
 class LayerHistogram:
     """Counts of one layer; see the module's docstring. int64 on one device. Add with ``observe`` and ``merge``."""
 
-    NAMES = ("pairs", "gate", "routed", "gate_fine", "routed_fine")
+    NAMES = ("pairs", "gate", "routed", "gate_fine", "routed_fine", "experts")
 
-    def __init__(self, device: torch.device | str = "cpu") -> None:
+    def __init__(self, device: torch.device | str = "cpu", num_experts: int = 0) -> None:
         fine = (SCORE_OCTAVES[1] - SCORE_OCTAVES[0]) << FINE_SPLIT
         self.pairs = torch.zeros(PAIR_BINS, dtype=torch.int64, device=device)
         self.gate = torch.zeros(ROUTING_BINS, SCORE_BINS, dtype=torch.int64, device=device)
         self.routed = torch.zeros(ROUTING_BINS, SCORE_BINS, dtype=torch.int64, device=device)
         self.gate_fine = torch.zeros(fine, dtype=torch.int64, device=device)
         self.routed_fine = torch.zeros(fine, dtype=torch.int64, device=device)
+        bins = (SCORE_OCTAVES[1] - SCORE_OCTAVES[0]) << EXPERT_SPLIT
+        self.experts = torch.zeros(2, num_experts, bins, dtype=torch.int64, device=device)
 
-    def observe(self, magnitude: torch.Tensor, routing: torch.Tensor) -> None:
-        """magnitude: |act(gate)| [m, I]; routing: r [m]; both fp32."""
+    def observe(self, magnitude: torch.Tensor, routing: torch.Tensor, expert: int | None = None) -> None:
+        """magnitude: |act(gate)| [m, I]; routing: r [m]; both fp32. ``expert``: whose they are, numbered over the whole
+        model.
+        """
         self.pairs += torch.bincount(_bins(routing, ROUTING_OCTAVES, PAIR_SPLIT), minlength=PAIR_BINS)
         row = _bins(routing, ROUTING_OCTAVES, ROUTING_SPLIT).unsqueeze(1) * SCORE_BINS
-        for joint, fine, score in (
-            (self.gate, self.gate_fine, magnitude),
-            (self.routed, self.routed_fine, magnitude * routing.unsqueeze(1)),
+        for kind, (joint, fine, score) in enumerate(
+            (
+                (self.gate, self.gate_fine, magnitude),
+                (self.routed, self.routed_fine, magnitude * routing.unsqueeze(1)),
+            )
         ):
             bins = _bins(score, SCORE_OCTAVES, FINE_SPLIT)
             fine += torch.bincount(bins.flatten(), minlength=fine.numel())
             flat = (row + (bins >> (FINE_SPLIT - SCORE_SPLIT))).flatten()
             joint += torch.bincount(flat, minlength=joint.numel()).view_as(joint)
+            if expert is not None and self.experts.shape[1]:
+                row_of = self.experts[kind, expert]
+                row_of += torch.bincount((bins >> (FINE_SPLIT - EXPERT_SPLIT)).flatten(), minlength=row_of.numel())
 
     def merge(self, other: LayerHistogram) -> None:
         for name in self.NAMES:
@@ -135,6 +146,12 @@ class LayerHistogram:
         for name in cls.NAMES:
             setattr(histogram, name, torch.from_numpy(np.array(arrays[name])))
         return histogram
+
+    def expert_quantiles(self, share: float, *, router_weighted: bool) -> np.ndarray:
+        """The score below which ``share`` of each expert's neurons lie, fp64 [E]; infinite for an expert never seen."""
+        edges = _edges(SCORE_OCTAVES, EXPERT_SPLIT)
+        counts = self.experts[int(router_weighted)].cpu().numpy().astype(np.float64)
+        return np.array([_quantile(row, edges, share) if row.sum() else np.inf for row in counts])
 
     def pair_threshold(self, share: float) -> float:
         """rho: the routing weight below which ``share`` of all pairs lie. 0 for share = 0.

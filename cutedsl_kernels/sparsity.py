@@ -27,7 +27,9 @@ PROFILE_FILENAME = "intra_expert_sparsity.json"
 
 # Whether a score counts the routing weight.
 ROUTER_WEIGHTED = {
-    f"{kind}{suffix}": bool(suffix) for kind in ("gate", "down", "up-down", "moments") for suffix in ("", "-routed")
+    f"{kind}{suffix}": bool(suffix)
+    for kind in ("gate", "down", "up-down", "moments", "learned")
+    for suffix in ("", "-routed")
 }
 
 

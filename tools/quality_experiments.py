@@ -3,8 +3,9 @@
     python tools/quality_experiments.py CHECKPOINT... --out bench/results [--tokens 32768] [--device auto]
 
 Writes OUT/quality_NAME.csv for each checkpoint folder NAME. Thresholds come from the calibration split of
-tools/corpus.py, figures from its held-out split, or from --text FILE (calibration from its first half). Plain torch
-(cutedsl_kernels.quality.hf), fp32.
+tools/corpus.py, figures from its held-out split, or from --text FILE (calibration from its first half). A fifth of the
+calibration text is kept apart: budgets and shares of skipped pairs are chosen on it, and thresholds are learned on the
+rest. Plain torch (cutedsl_kernels.quality.hf), fp32.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import corpus
 
 from cutedsl_kernels.quality import budgets
 from cutedsl_kernels.quality.hf import MoEModel
+from cutedsl_kernels.quality.learned import STEPS, learn_thresholds
 from cutedsl_kernels.quality.metrics import Quality, byte_gain_batch_1
 from cutedsl_kernels.quality.scores import SCORES, row_norms
 from cutedsl_kernels.quality.search import (
@@ -36,14 +38,16 @@ from cutedsl_kernels.quality.search import (
     record_fisher,
     record_moments,
     record_weighted_moments,
+    spread_sequences,
 )
 from cutedsl_kernels.quality.traffic import overlap, record_pairs
 
 TARGETS = (0.5, 0.7, 0.8, 0.85, 0.9)
-SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
+SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+MARGIN = 0.1  # of the bar, kept free when searching on validation text
 GAINS = (2.0, 2.3, 2.8, 3.3, 3.8)  # dense bytes over sparse ones, one token
 BATCH_GAINS = (1.1, 1.2, 1.4, 1.7)  # the same for 64 tokens
-QUICK_SCORES = ("gate", "gate-routed", "down-routed", "up-down-routed", "moments", "moments-routed")
+QUICK_SCORES = ("gate", "gate-routed", "down-routed", "up-down-routed", "moments", "moments-routed", "learned-routed")
 AVERAGES = [round(0.01 * i, 2) for i in range(1, 100)]
 COLUMNS = [
     "date",
@@ -65,6 +69,7 @@ COLUMNS = [
     "iou",
     "layer_sparsities",
     "calibration_tokens",
+    "learning_tokens",
     "evaluation_tokens",
     "device",
 ]
@@ -73,28 +78,44 @@ COLUMNS = [
 class Study:
     """One model, its texts, and the rows measured so far."""
 
-    def __init__(self, path: Path, calibration: list[list[int]], held_out: list[list[int]], device: str) -> None:
+    def __init__(
+        self,
+        path: Path,
+        learning: list[list[int]],
+        validation: list[list[int]],
+        held_out: list[list[int]],
+        device: str,
+    ) -> None:
         self.name = path.name
         self.model = MoEModel.load(path, device)
-        self.calibration = calibration
+        self.learning = learning
+        self.calibration = spread_sequences(learning, sum(map(len, held_out)))
         self.evaluator = Evaluator(self.model, held_out)
-        self.tuner = Evaluator(self.model, calibration[: max(1, len(calibration) // 2)])
+        self.tuner = Evaluator(self.model, validation)
+        self.learned: dict[str, budgets.Budget] = {}
         self.rows: list[dict[str, Any]] = []
         self.fixed = {
             "date": datetime.now(UTC).strftime("%Y-%m-%d"),
             "model": self.name,
-            "calibration_tokens": sum(map(len, calibration)),
+            "calibration_tokens": sum(map(len, self.calibration)),
+            "learning_tokens": sum(map(len, learning)),
             "evaluation_tokens": sum(map(len, held_out)),
             "device": torch.cuda.get_device_name() if self.model.device.type == "cuda" else "cpu",
         }
         self.scored: dict[str, Scored] = {}
 
-    def record(self, names: Sequence[str] | None = None) -> None:
+    def record(self, names: Sequence[str] | None = None, steps: int = STEPS) -> None:
         """Every score (or those of SCORES named), from one recording of each kind of moment."""
         model, text = self.model, self.calibration
         moments = record_moments(model, text)
         for name in names or SCORES:
-            self.scored[name] = Scored.record(model, text, SCORES[name], moments)
+            if SCORES[name].weight != "learned":
+                self.scored[name] = Scored.record(model, text, SCORES[name], moments)
+                continue
+            start = time.perf_counter()
+            found = learn_thresholds(model, self.learning, router_weighted=SCORES[name].router_weighted, steps=steps)
+            self.scored[name], self.learned[name] = found.scored, found.budget
+            print(f"{self.name} {name}: {steps} steps in {time.perf_counter() - start:.0f} s", flush=True)
         if names is not None:
             self.scored["oracle-routed"] = Scored.record_oracle(model, text)
             return
@@ -148,6 +169,8 @@ class Study:
 
         if kind == "uniform":
             return budgets.Budget({a: dict.fromkeys(self.model.layers, a) for a in AVERAGES})
+        if kind == "learned":
+            return self.learned[name]
         routed = scored.router_weighted
         if kind == "shared":
             return budgets.Budget(budgets.shared_threshold(scored.histograms, AVERAGES, router_weighted=routed))
@@ -163,9 +186,10 @@ class Study:
     def all_budgets(
         self, names: Sequence[str], kinds: Sequence[str] = budgets.BUDGETS
     ) -> dict[tuple[str, str], budgets.Budget]:
+        """Every kind of budget for every score (learned only for those that have one)."""
         found = {}
         for name in names:
-            for kind in kinds:
+            for kind in (k for k in kinds if k != "learned" or name in self.learned):
                 budget = found[name, kind] = self.budget(name, kind)
                 if kind == "uniform":
                     continue
@@ -176,40 +200,35 @@ class Study:
 
     def joint(
         self,
-        names: Sequence[str],
-        kinds: Sequence[str],
         made: dict[tuple[str, str], budgets.Budget],
         *,
         shares: Sequence[float] = SHARES,
         gains: Sequence[float] = GAINS,
         batch_gains: Sequence[float] = BATCH_GAINS,
     ) -> None:
-        """Pairs skipped and sparsity together: least bytes at the KL of gate at 85 %, and least KL at given bytes."""
-        bar = self.tuner.quality(self.scored["gate"].rules(0.85)).kl_mean
+        """Pairs skipped and sparsity together, for every score and budget of ``made``: least bytes at the KL of gate at
+        85 %, less MARGIN, and least KL at given bytes. The last one also for 64 tokens at once.
+        """
+        bar = (1 - MARGIN) * self.tuner.quality(self.scored["gate"].rules(0.85)).kl_mean
         quality = self.evaluator.quality(self.scored["gate"].rules(0.85))
         self.add("joint-kl-bar", "gate", "uniform", quality, target=0.85)
-        for name in names:
+        for (name, kind), budget in made.items():
             scored = self.scored[name]
-            for kind in kinds:
-                budget = made[name, kind]
 
-                def limits(
-                    sparsity: float, share: float, scored: Scored = scored, budget: budgets.Budget = budget
-                ) -> Any:
-                    return scored.thresholds(budget.at(sparsity), share)
+            def limits(sparsity: float, share: float, scored: Scored = scored, budget: budgets.Budget = budget) -> Any:
+                return scored.thresholds(budget.at(sparsity), share)
 
-                for point in joint_for_kl(self.tuner, scored, bar, shares, thresholds=limits):
+            for point in joint_for_kl(self.tuner, scored, bar, shares, thresholds=limits):
+                found = self.evaluator.quality(scored.as_rules(limits(point.sparsity, point.skip_pairs)))
+                values = {"target": point.sparsity, "skip_pairs_asked": point.skip_pairs, "batch": 1}
+                self.add("joint-kl", name, kind, found, **values)
+            for gain in gains:
+                for point in joint_for_bytes(self.tuner, scored, 1 / gain, shares, thresholds=limits):
                     found = self.evaluator.quality(scored.as_rules(limits(point.sparsity, point.skip_pairs)))
-                    self.add(
-                        "joint-kl", name, kind, found, target=point.sparsity, skip_pairs_asked=point.skip_pairs, batch=1
-                    )
-                for gain in gains:
-                    for point in joint_for_bytes(self.tuner, scored, 1 / gain, shares, thresholds=limits):
-                        found = self.evaluator.quality(scored.as_rules(limits(point.sparsity, point.skip_pairs)))
-                        values = {"target": point.sparsity, "skip_pairs_asked": point.skip_pairs, "batch": 1}
-                        self.add("joint-bytes", name, kind, found, **values)
-        name, kind = names[-1], kinds[-1]
-        scored, budget = self.scored[name], made[names[-1], kinds[-1]]
+                    values = {"target": point.sparsity, "skip_pairs_asked": point.skip_pairs, "batch": 1}
+                    self.add("joint-bytes", name, kind, found, **values)
+        (name, kind), budget = list(made.items())[-1]
+        scored = self.scored[name]
         pairs = record_pairs(self.model, self.calibration[:4], scored.weights, router_weighted=scored.router_weighted)
 
         def best(sparsity: float, share: float) -> Any:
@@ -257,6 +276,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of the CSV files")
     parser.add_argument("--tokens", type=int, default=32768, help="held-out tokens; as many for calibration")
     parser.add_argument("--text", type=Path, help="evaluate on this file's second half, calibrate on its first")
+    parser.add_argument("--learn-tokens", type=int, default=65536, help="calibration tokens to learn from")
+    parser.add_argument("--steps", type=int, default=STEPS, help="steps of learning")
     parser.add_argument("--quick", action="store_true", help="fewer scores, budgets and goals: minutes on a CPU")
     parser.add_argument("--device", default="auto")
     arguments = parser.parse_args()
@@ -269,24 +290,30 @@ def main() -> int:
         halves = data[: len(data) // 2], data[len(data) // 2 :]
     else:
         halves = b"\n".join(corpus.read_split("calibration")), b"\n".join(corpus.read_split("held-out"))
-    calibration, held_out = (sequences(half, arguments.tokens) for half in halves)
+    windows = sequences(halves[0], arguments.learn_tokens * 5 // 4)
+    learning = [window for i, window in enumerate(windows) if i % 5 != 2]
+    validation = spread_sequences(windows[2::5], max(2048, arguments.tokens // 2))
+    held_out = sequences(halves[1], arguments.tokens)
     arguments.out.mkdir(parents=True, exist_ok=True)
     for path in arguments.checkpoints:
         start = time.perf_counter()
-        study = Study(path, calibration, held_out, device)
-        study.record(QUICK_SCORES if arguments.quick else None)
+        study = Study(path, learning, validation, held_out, device)
         out = arguments.out / f"quality_{path.name}.csv"
         try:
+            study.record(QUICK_SCORES if arguments.quick else None, arguments.steps)
             study.scores()
             if arguments.quick:
-                made = study.all_budgets(("moments-routed",), budgets.BUDGETS)
-                goals: dict[str, Any] = {"gains": (2.8, 3.3), "batch_gains": (1.2,), "shares": (0.0, 0.2, 0.35, 0.5)}
-                study.joint(("moments-routed",), ("uniform",), made, **goals)
-                study.overlaps(("moments-routed",))
-                continue
-            made = study.all_budgets(("gate", "gate-routed", "moments-routed", "gated-moments-routed", "fisher-routed"))
-            study.joint(("gate-routed", "moments-routed", "fisher-routed"), ("uniform", "fisher", "greedy"), made)
-            study.overlaps(("gate", "moments-routed"))
+                made = study.all_budgets(("moments-routed",))
+                made |= study.all_budgets(("learned-routed",), ("learned",))
+                kept = {key: made[key] for key in (("moments-routed", "uniform"), ("learned-routed", "learned"))}
+                study.joint(kept, gains=(3.3,), batch_gains=(1.2,), shares=(0.0, 0.2, 0.35, 0.5))
+                study.overlaps(("learned-routed",))
+            else:
+                names = ("gate", "gate-routed", "moments-routed", "fisher-routed", "learned-routed")
+                made = study.all_budgets(names, (*budgets.BUDGETS, "learned"))
+                used = (("gate-routed", "uniform"), ("moments-routed", "uniform"), ("moments-routed", "fisher"))
+                study.joint({key: made[key] for key in (*used, ("learned-routed", "learned"))})
+                study.overlaps(("gate", "moments-routed", "learned-routed"))
         finally:
             with out.open("w", newline="") as file:
                 writer = csv.DictWriter(file, COLUMNS)

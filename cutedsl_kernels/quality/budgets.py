@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..calibration import LayerHistogram, score_edges
 from ..errors import UserError
@@ -23,6 +24,7 @@ BUDGETS = ("uniform", "shared", "greedy", "fisher")
 GREEDY_GRID = (0.3, 0.5, 0.65, 0.8, 0.9, 0.95)
 FISHER_POINT = 0.7
 DEFAULT_CAP = 0.98
+EXPERT_CAP, EXPERT_CAP_AT = 0.98, 0.9  # no expert is sparser than this where its layer's sparsity is 90 %
 STEP = 0.005
 
 Curve = tuple[np.ndarray, np.ndarray]  # sparsity, cost: fp64, increasing sparsity from 0, cost 0 at 0
@@ -41,21 +43,36 @@ def error_curve(histogram: LayerHistogram, *, router_weighted: bool, grid: Seque
     return points, np.interp(points, share, error)
 
 
+def cumulative_share(histogram: LayerHistogram, *, router_weighted: bool) -> np.ndarray:
+    """Share of scores below each edge of score_edges(), fp64 [SCORE_BINS + 1]."""
+    counts = (histogram.routed if router_weighted else histogram.gate).cpu().numpy().astype(np.float64).sum(0)
+    return np.concatenate([[0.0], np.cumsum(counts)]) / counts.sum()
+
+
 def shared_threshold(
     histograms: Mapping[str, LayerHistogram], averages: Iterable[float], *, router_weighted: bool
 ) -> dict[float, dict[str, float]]:
     """{average: {layer: sparsity}} that one threshold for all layers gives (the paper's rule, for the score gate)."""
     edges = score_edges()
-    shares = {}
-    for name, histogram in histograms.items():
-        counts = (histogram.routed if router_weighted else histogram.gate).cpu().numpy().astype(np.float64).sum(0)
-        shares[name] = np.concatenate([[0.0], np.cumsum(counts)]) / counts.sum()
+    shares = {name: cumulative_share(h, router_weighted=router_weighted) for name, h in histograms.items()}
     mean = np.mean(list(shares.values()), axis=0)
     found = {}
     for average in averages:
         tau = float(np.interp(average, mean, edges))
         found[average] = {name: float(np.interp(tau, edges, share)) for name, share in shares.items()}
     return found
+
+
+def expert_factors(histogram: LayerHistogram, *, router_weighted: bool) -> torch.Tensor:
+    """Factor >= 1 on the scores of each expert, fp32 [E], with which none is sparser than EXPERT_CAP under the
+    threshold that gives its layer a sparsity of EXPERT_CAP_AT. 1 for an expert that was never seen.
+
+    A raised expert keeps more neurons, so the layer's threshold must be found again afterwards; it rises, and passes
+    the cap by as little as the others then keep less.
+    """
+    tau = histogram.thresholds(EXPERT_CAP_AT, score="gate-routed" if router_weighted else "gate").threshold
+    limits = histogram.expert_quantiles(EXPERT_CAP, router_weighted=router_weighted)
+    return torch.from_numpy(np.maximum(1.0, tau / np.maximum(limits, 1e-300))).float()
 
 
 class Budget:
@@ -117,9 +134,16 @@ def allocate(
         last = max(chosen, key=lambda name: chosen[name])
         chosen[last] = max(0.0, chosen[last] - excess * len(names))
         found[average] = chosen
-    floor = dict.fromkeys(names, 0.0)
-    for average in wanted:  # taking the excess back must not make a layer fall between two averages
-        floor = found[average] = {name: max(floor[name], value) for name, value in found[average].items()}
+    return monotone(found)  # taking the excess back must not make a layer fall between two averages
+
+
+def monotone(allocation: Mapping[float, Mapping[str, float]]) -> dict[float, dict[str, float]]:
+    """The same with every layer's sparsity at least what it is at any smaller average."""
+    floor: dict[str, float] = {}
+    found = {}
+    for average in sorted(allocation):
+        floor = {name: max(floor.get(name, 0.0), value) for name, value in allocation[average].items()}
+        found[average] = floor
     return found
 
 

@@ -58,13 +58,16 @@ class Layer:
     num_tokens: int = 0
     new_call: bool = False
     probe: torch.Tensor | None = None
+    override: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None = None
     down_norms: torch.Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         self.down_norms = row_norms(self.weights)[1]
 
     def forward(self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
-        """hidden_states [T, H], topk_* [T, k] -> [T, H]. fp32 inside."""
+        """hidden_states [T, H], topk_* [T, k] -> [T, H]. fp32 inside. ``override``, where set, is called instead."""
+        if self.override is not None:
+            return self.override(hidden_states, topk_ids, topk_weights)
         weights, inter = self.weights, self.weights.intermediate_size
         self.num_tokens, self.new_call = hidden_states.shape[0], True
         rule = self.rule

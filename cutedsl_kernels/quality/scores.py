@@ -22,7 +22,7 @@ from ..errors import UserError
 from ..reference import local_experts, up_transform
 from ..weights import ExpertWeights
 
-WeightKind = Literal["none", "down", "up-down", "moments"]
+WeightKind = Literal["none", "down", "up-down", "moments", "learned"]
 CHECK_BLOCKS = 16
 SMALLEST_WEIGHT = 1e-20  # keeps tau / c finite for a neuron whose weights are all zero
 PRIOR_TOKENS = 16.0  # an expert's moments count as if so many tokens had shown the layer's average
@@ -38,8 +38,8 @@ class Score:
 
     @property
     def calibrated(self) -> bool:
-        """Whether c needs moments recorded on calibration text."""
-        return self.weight == "moments"
+        """Whether c needs a factor per neuron from calibration text: recorded moments, or learned."""
+        return self.weight in ("moments", "learned")
 
 
 _KINDS: tuple[tuple[str, WeightKind], ...] = (
@@ -47,6 +47,7 @@ _KINDS: tuple[tuple[str, WeightKind], ...] = (
     ("down", "down"),
     ("up-down", "up-down"),
     ("moments", "moments"),
+    ("learned", "learned"),
 )
 SCORES = {
     name + suffix: Score(name + suffix, weight, routed)
@@ -134,7 +135,7 @@ def observe_up(
 
 def neuron_weights(score: Score, weights: ExpertWeights, rms_up: torch.Tensor | None = None) -> torch.Tensor | None:
     """c fp32 [E, I] on the weights' device, at least SMALLEST_WEIGHT; None where c is 1. ``rms_up`` [E, I] for
-    calibrated scores.
+    calibrated scores: sqrt(E[u^2]), or the learned factor on the down norm.
 
     It depends on one neuron's weights at a time, so a shard's c is the shard of the whole model's.
     """
@@ -143,7 +144,7 @@ def neuron_weights(score: Score, weights: ExpertWeights, rms_up: torch.Tensor | 
     up, down = row_norms(weights)
     if score.weight == "up-down":
         down = down * up
-    elif score.weight == "moments":
+    elif score.calibrated:
         if rms_up is None or rms_up.shape != down.shape:
             found = None if rms_up is None else tuple(rms_up.shape)
             raise ValueError(f"rms_up must be [E, I] = {tuple(down.shape)} for the score {score.name}, got {found}")
@@ -186,7 +187,7 @@ def matches_check(stored: torch.Tensor, weights: ExpertWeights, tp_rank: int = 0
 @dataclass(frozen=True)
 class NeuronParts:
     """A layer's per-neuron parts, of the whole model: check fp32 [E, 2, blocks]; rms_up fp16 [E, I] (calibrated
-    scores) or None.
+    scores: what the down norm is multiplied by) or None.
     """
 
     check: torch.Tensor

@@ -9,12 +9,14 @@ import torch
 
 from ..calibration import LayerHistogram
 from ..sparsity import LayerThresholds
+from .budgets import expert_factors
 from .hf import Layer, MoEModel, Rule, Tap
 from .metrics import Comparison, Quality
 from .scores import Score, UpMoments, neuron_weights, row_norms
 from .traffic import LayerPairs, batch_bytes
 
 Sequences = Sequence[Sequence[int]]
+CAP_ROUNDS = 3  # of raising experts and recording again
 
 
 def record_moments(model: MoEModel, sequences: Sequences) -> dict[str, UpMoments]:
@@ -105,14 +107,14 @@ def record_scores(
     found: dict[str, LayerHistogram] = {}
 
     def make(layer: Layer) -> Tap:
-        histogram = found[layer.name] = LayerHistogram(layer.weights.device)
+        histogram = found[layer.name] = LayerHistogram(layer.weights.device, layer.weights.num_experts)
         c = weights[layer.name]
 
         def tap(
             expert: int, token: torch.Tensor, r: torch.Tensor, a: torch.Tensor, u: torch.Tensor, active: torch.Tensor
         ) -> None:
             magnitude = (a * u).abs() if oracle else a.abs()
-            histogram.observe(magnitude if c is None else magnitude * c[expert], r)
+            histogram.observe(magnitude if c is None else magnitude * c[expert], r, expert)
 
         return tap
 
@@ -156,7 +158,9 @@ class Scored:
         for name, layer in model.layers.items():
             rms = moments[name].rms(row_norms(layer.weights)[0]) if score.calibrated and moments else None
             weights[name] = neuron_weights(score, layer.weights, rms)
-        return cls.with_weights(model, sequences, weights, router_weighted=score.router_weighted)
+        return cls.with_weights(
+            model, sequences, weights, router_weighted=score.router_weighted, capped=score.calibrated
+        )
 
     @classmethod
     def with_weights(
@@ -166,9 +170,19 @@ class Scored:
         weights: dict[str, torch.Tensor | None],
         *,
         router_weighted: bool = True,
+        capped: bool = False,
     ) -> Scored:
-        """Any c, [E, I] per layer or None."""
-        return cls(router_weighted, weights, record_scores(model, sequences, weights), _rho_caps(model))
+        """Any c, [E, I] per layer or None; raised, where ``capped``, for experts that would be too sparse
+        (budgets.expert_factors).
+        """
+        histograms = record_scores(model, sequences, weights)
+        for _ in range(CAP_ROUNDS if capped else 0):
+            factors = {n: expert_factors(h, router_weighted=router_weighted) for n, h in histograms.items()}
+            if all(float(factor.max()) == 1 for factor in factors.values()):
+                break
+            weights = {n: factors[n].to(c.device).unsqueeze(1) * c for n, c in weights.items() if c is not None}
+            histograms = record_scores(model, sequences, weights)
+        return cls(router_weighted, weights, histograms, _rho_caps(model))
 
     @classmethod
     def record_oracle(cls, model: MoEModel, sequences: Sequences, *, router_weighted: bool = True) -> Scored:
@@ -340,6 +354,13 @@ def joint_for_kl(
         if point is not None:
             found.append(point)
     return sorted(found, key=lambda point: point.bytes_share)
+
+
+def spread_sequences(sequences: Sequences, tokens: int) -> list[Sequence[int]]:
+    """Sequences of about ``tokens`` tokens in all, at even distances; at least one."""
+    total = sum(map(len, sequences))
+    wanted = max(1, min(len(sequences), round(len(sequences) * tokens / total)))
+    return [sequences[int((i + 0.5) * len(sequences) / wanted)] for i in range(wanted)]
 
 
 def highest_within(holds: Callable[[float], bool], low: float, high: float, precision: float) -> float:

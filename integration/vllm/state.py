@@ -17,6 +17,7 @@ from ...quality.scores import UpMoments, observe_up
 from ...reference import expand_thresholds
 from ...weights import ExpertWeights
 
+_reported: set[tuple[object, ...]] = set()  # shapes and batch sizes whose kernels were reported missing
 logger = logging.getLogger("vllm.cutedsl_kernels")
 
 # Numbers of tokens for which a plan is fixed when the layer is loaded; larger batches run dense.
@@ -105,6 +106,7 @@ class LayerState:
         skipped = ASSUMED_PAIR_SKIP if self.rho > 0 else 0.0
         aim, device = max(self.sparsity, skipped), self.weights.device
         compiled, plans = 0, []
+        failed: dict[int, str] = {}
         for bucket in sorted(set(buckets)):
             plan = Plan("dense")
             if self.sparsity > 0 and supports_kernels(self.weights):
@@ -122,10 +124,13 @@ class LayerState:
                         apply_router_weight_on_input=self.router_weight_on_input,
                     )
                 except Exception as error:  # this CuTe DSL or GPU cannot take the kernel: serve all the same
-                    reason = " ".join(str(error).split())[:300]
-                    logger.warning("%s: batches of %d tokens run dense: %s: %s", self.name, bucket, plan, reason)
+                    failed[bucket] = " ".join(str(error).split())[:300]
                     plan = Plan("dense")
             plans.append((bucket, plan))
+        if failed and (shape.key, *failed) not in _reported:  # once, not for every layer of a model
+            _reported.add((shape.key, *failed))
+            sizes, reason = ", ".join(map(str, failed)), next(iter(failed.values()))
+            logger.warning("%s and layers of its shape: batches of %s tokens run dense: %s", self.name, sizes, reason)
         self.plans = plans
         return compiled
 
@@ -199,7 +204,8 @@ class LayerState:
         ):
             if self.recorder is not None:
                 c = self.neuron_weights
-                self.recorder.observe(magnitude if c is None else magnitude * c[expert], routing)
+                whole = expert if expert_map is None else int(torch.nonzero(expert_map == expert)[0])
+                self.recorder.observe(magnitude if c is None else magnitude * c[expert], routing, whole)
             if self.counting:
                 tau = self.tau if self.tau.shape[0] == 1 else self.tau[expert]
                 counts += count_active(

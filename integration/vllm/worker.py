@@ -63,8 +63,8 @@ class SparsityWorker(NeuronMethods):
             state.exact = on
 
     def sparsity_record(self, on: bool) -> None:
-        for _, state in self._sparsity_states().values():
-            state.recorder = LayerHistogram(state.weights.device) if on else None
+        for layer, state in self._sparsity_states().values():
+            state.recorder = LayerHistogram(state.weights.device, layer.global_num_experts) if on else None
 
     def sparsity_histograms(self) -> dict[str, dict[str, np.ndarray]]:
         return {

@@ -69,6 +69,7 @@ def test_moments_and_weights_equal_brute_force(seed: int, tokens: int, top_k: in
                 "down": norm_down,
                 "up-down": norm_up * norm_down,
                 "moments": rms[e, i] * norm_down,
+                "learned": rms[e, i] * norm_down,
             }
             for score in SCORES.values():
                 c = neuron_weights(score, weights, rms if score.calibrated else None)
