@@ -373,9 +373,8 @@ class FusedDecode(TokenSums):
             for i in cutlass.range_constexpr(rounds):
                 neuron = neuron0 + warp * per_warp + i * 4 + lane // 8
                 tau[i] = thresholds[expert, cutlass.min(neuron, I32(self.I - 1))]
-            biases = None  # of gate and up
+            biases = cute.make_rmem_tensor((2, rounds), BF16)  # of gate and up
             if cutlass.const_expr(self.has_bias):
-                biases = cute.make_rmem_tensor((2, rounds), BF16)
                 for i in cutlass.range_constexpr(rounds):
                     neuron = neuron0 + warp * per_warp + i * 4 + lane // 8
                     for half in cutlass.range_constexpr(2):

@@ -77,11 +77,7 @@ class GateCompact:
             tau = cute.make_rmem_tensor((2,), F32)
             for h in cutlass.range_constexpr(2):
                 tau[h] = thresholds[expert, cutlass.min(first + 8 * h, I32(spec.intermediate_size - 1))]
-            bias = None
-            if cutlass.const_expr(spec.has_bias):
-                bias = cute.make_rmem_tensor((2,), F32)
-                for h in cutlass.range_constexpr(2):
-                    bias[h] = F32(w13_bias[expert, cutlass.min(first + 8 * h, I32(spec.intermediate_size - 1))])
+            bias = self.load_bias(w13_bias, expert, first) if cutlass.const_expr(spec.has_bias) else None
             base = I64(expert) * (2 * spec.intermediate_size * spec.hidden_size)
             acc = self.ring.accumulators()
             self.ring.product_of_rows(
@@ -100,6 +96,14 @@ class GateCompact:
                 if 8 * j < num_tokens:
                     self.activate(acc, active, weights, bias, tau, first, num_tokens, j, lane)
             self.write_lists(active, acc, num_tokens, warp_counts, item, block, thread, counts, neurons, gates)
+
+    @cute.jit
+    def load_bias(self, w13_bias, expert, first):
+        """Gate biases of the two rows of this thread's accumulators."""
+        bias = cute.make_rmem_tensor((2,), F32)
+        for h in cutlass.range_constexpr(2):
+            bias[h] = F32(w13_bias[expert, cutlass.min(first + 8 * h, I32(self.spec.intermediate_size - 1))])
+        return bias
 
     @cute.jit
     def activate(self, acc, active, weights, bias, tau, first, num_tokens, j: cutlass.Constexpr, lane):
