@@ -452,7 +452,7 @@ def main() -> int:
     names = args.model or ([next(iter(MODELS))] if args.quick else list(MODELS))
     out = args.out or ROOT / "bench" / "results" / f"e2e-{datetime.date.today()}.csv"
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="gpu-e2e-") as scratch_name, out.open("w", newline="") as file:
+    with tempfile.TemporaryDirectory(prefix="gpu-e2e-") as scratch_name, out.open("w", newline="", buffering=1) as file:
         scratch = pathlib.Path(scratch_name)
         environment = {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
