@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import check_close, expert_traces, random_problem
+from helpers import Problem, check_close, expert_traces, random_problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -45,11 +45,12 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @settings(max_examples=150, deadline=None)
-@given(arguments=problems(), every_row=st.booleans())
-def test_matches_the_definition(arguments: dict[str, Any], every_row: bool) -> None:
-    """Both ways to compute an expert; at these sizes the back end itself would always read every row."""
+@given(arguments=problems(), few_tokens=st.sampled_from([0, 1, cpu.FEW_TOKENS]), every_row=st.booleans())
+def test_matches_the_definition(arguments: dict[str, Any], few_tokens: int, every_row: bool) -> None:
+    """All ways to compute an expert, mixed in one call or not; at these sizes the loop would always read every row."""
     problem = random_problem(**arguments)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "FEW_TOKENS", few_tokens)
         patch.setattr(cpu, "SMALL_EXPERT", 1 << 18 if every_row else 0)
         check_close(sparse_moe(**problem.arguments), problem)
 
@@ -73,26 +74,61 @@ def test_expert_large_enough_to_skip_rows(dtype: torch.dtype, num_tokens: int, s
 
 
 class RowsRead(TorchDispatchMode):
-    """Counts the rows of up that are copied together and the rows of down that are read in place."""
+    """Which rows of w13 and w2_rows are read in place; how many rows are copied together; how many matrix products."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.up = self.down = 0
+        self.w13: set[int] = set()
+        self.w2_rows: set[int] = set()
+        self.copied = self.products = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        if name == "index_select" and args[0].dim() == 2 and args[1] == 0:
-            self.up += len(args[2])
+        if name == "_embedding_bag_per_sample_weights_backward":
+            self.w13 |= set(args[2].tolist())
         elif "embedding_bag" in name:
-            self.down += args[1].unique().numel()
+            self.w2_rows |= set(args[1].tolist())
+        elif name == "index_select" and args[0].dim() == 2 and args[1] == 0:
+            self.copied += len(args[2])
+        elif name in ("mm", "addmm", "bmm"):
+            self.products += 1
         return func(*args, **(kwargs or {}))
 
 
+def rows_needed(problem: Problem) -> tuple[int, int]:
+    """Experts with a token, and rows of up (as many of down) that a token of their expert needs."""
+    traces = list(expert_traces(problem))
+    return len(traces), sum(int(trace.active.any(0).sum()) for trace in traces)
+
+
 def test_rows_that_no_token_needs_are_not_read(seed: int) -> None:
+    inter = 320
     problem = random_problem(
-        seed, num_tokens=3, num_experts=4, top_k=2, hidden_size=1024, intermediate_size=320, sparsity=0.85
+        seed, num_tokens=3, num_experts=4, top_k=2, hidden_size=1024, intermediate_size=inter, sparsity=0.85
     )
     with RowsRead() as read:
         sparse_moe(**problem.arguments)
-    needed = sum(int(trace.active.any(0).sum()) for trace in expert_traces(problem))
-    assert read.up == read.down == needed
+    experts, needed = rows_needed(problem)
+    up_rows = [row for row in read.w13 if row % (2 * inter) >= inter]
+    assert len(up_rows) == len(read.w2_rows) == needed
+    assert len(read.w13) - len(up_rows) == inter * experts
+    assert read.copied == read.products == 0
+
+
+def test_rows_that_no_token_needs_are_not_copied(seed: int) -> None:
+    """Too many tokens of an expert for reading up in place: its rows are copied, those of down read in place."""
+    problem = random_problem(
+        seed,
+        num_tokens=cpu.FEW_TOKENS + 1,
+        num_experts=2,
+        top_k=2,
+        hidden_size=1024,
+        intermediate_size=320,
+        sparsity=0.95,
+    )
+    with RowsRead() as read:
+        sparse_moe(**problem.arguments)
+    experts, needed = rows_needed(problem)
+    assert not read.w13
+    assert read.copied == needed
+    assert read.products == 2 * experts
