@@ -160,7 +160,7 @@ def _default_plan(
     pair_skip: float,
     activation: str,
 ) -> Plan:
-    if _no_kernels(weights) or activation not in KERNEL_ACTIVATIONS:
+    if why_no_kernels(weights) or activation not in KERNEL_ACTIVATIONS:
         return Plan("dense")
     if torch.are_deterministic_algorithms_enabled():
         plan = Plan("staged", StagedConfig())
@@ -171,7 +171,7 @@ def _default_plan(
 def _check_plan(plan: Plan, weights: ExpertWeights, shape: MoEShape, num_tokens: int, activation: str) -> None:
     if plan.kind == "dense":
         return
-    reason = _no_kernels(weights) or _cannot_run(plan, shape, num_tokens, activation)
+    reason = why_no_kernels(weights) or _cannot_run(plan, shape, num_tokens, activation)
     if plan.kind == "cpu":
         reason = "it is for tensors on the CPU"
     elif plan.kind == "fused" and torch.are_deterministic_algorithms_enabled():
@@ -183,7 +183,7 @@ def _check_plan(plan: Plan, weights: ExpertWeights, shape: MoEShape, num_tokens:
 _cannot_run = functools.lru_cache(maxsize=65536)(illegal_reason)
 
 
-def _no_kernels(weights: ExpertWeights) -> str | None:
+def why_no_kernels(weights: ExpertWeights) -> str | None:
     """Why no kernel of ours can run these weights, whatever the plan."""
     biases = [None if bias is None else bias.dtype for bias in (weights.w13_bias, weights.w2_bias)]
     if biases not in ([None, None], [torch.bfloat16, torch.bfloat16]):

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from ...reference import SWIGLUOAI_ALPHA, SWIGLUOAI_LIMIT
+
 # Checked against the sources of both ends. 0.26.0 is the newest release for torch 2.11, 0.33.0 the newest there is.
 MINIMUM_VERSION = (0, 26)
 MAXIMUM_VERSION = (0, 33)
@@ -171,6 +173,12 @@ class TritonExperts:
         )
 
     def activate(self, activation: str, out: torch.Tensor, gate_up: torch.Tensor) -> None:
+        """gate_up [P, 2I], gate columns first -> out [P, I]."""
+        if (
+            activation == "swigluoai"
+        ):  # vLLM's function of that name takes alternating columns; this one is its last part
+            torch.ops._C.silu_and_mul_with_clamp(out, gate_up, SWIGLUOAI_LIMIT, SWIGLUOAI_ALPHA, 1.0)
+            return
         self._activate(self._activations[activation], out, gate_up)
 
     def sum(self, pairs: torch.Tensor, out: torch.Tensor) -> None:

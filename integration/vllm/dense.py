@@ -4,6 +4,9 @@ out.
 vLLM's fused_experts asserts that w2's last stride is 1, but the launcher beneath it passes strides through, so it takes
 w2_rows [E, I, H] as the view w2_rows.transpose(1, 2) [E, H, I]: same results at the same speed, and no second copy of
 w2. Pairs below the pair threshold are left out here too; inactive neurons are not: dense means every neuron.
+
+Biases go into the same kernel, which adds them in fp32 before the routing weight. gpt-oss's rows are no longer
+interleaved when they get here, so its activation is the clamped one for gate rows first.
 """
 
 from __future__ import annotations
@@ -14,6 +17,12 @@ import torch
 
 from . import compat
 from .state import LayerState
+
+
+def dense_runs(state: LayerState) -> bool:
+    """Whether run_dense can compute the layer. Where the routing weight belongs on the input, vLLM's kernel puts it on
+    the product instead, which is the same only without a bias: such a layer takes this package's own dense path."""
+    return not (state.router_weight_on_input and state.weights.w13_bias is not None)
 
 
 def run_dense(

@@ -10,7 +10,7 @@ from ...errors import UserError
 from ...moe import sparse_moe
 from ...weights import SUPPORTED_DTYPES, ExpertWeights
 from . import compat
-from .dense import run_dense
+from .dense import dense_runs, run_dense
 from .neurons import apply_parts
 from .state import LayerState
 
@@ -31,8 +31,6 @@ def why_unsupported(layer: Any) -> str | None:
         return "SwiGLU with a clamp is not supported"
     if moe.in_dtype not in ((torch.bfloat16,) if compat.is_cuda() else SUPPORTED_DTYPES):
         return f"activations of type {str(moe.in_dtype).removeprefix('torch.')} are not supported"
-    if compat.is_cuda() and (moe.has_bias or compat.activation_name(layer) == "swigluoai"):
-        return "the GPU kernels take no biases and no clamped SwiGLU yet"
     if getattr(moe.moe_parallel_config, "use_all2all_kernels", False) and moe.moe_parallel_config.dp_size > 1:
         backend = getattr(moe.moe_parallel_config, "all2all_backend", "")
         if backend not in ("allgather_reducescatter", "naive", ""):
@@ -131,7 +129,7 @@ def run_layer(layer: Any, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids:
     plan = None
     if x.device.type == "cuda" and x.shape[0] > 0:
         plan = state.plan(x.shape[0])
-        if plan.kind == "dense" and not (state.exact and state.sparsity > 0):
+        if plan.kind == "dense" and not (state.exact and state.sparsity > 0) and dense_runs(state):
             return run_dense(state, x, topk_weights, topk_ids, expert_map, layer.global_num_experts)
     return sparse_moe(
         x,

@@ -25,13 +25,10 @@ BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 102
 
 
 def supports_kernels(weights: ExpertWeights) -> bool:
-    """Whether the GPU kernels can run these weights at all: bf16, no biases, an sm_90 GPU."""
-    return (
-        weights.dtype == torch.bfloat16
-        and weights.w13_bias is None
-        and weights.w2_bias is None
-        and torch.cuda.get_device_capability(weights.device) == (9, 0)
-    )
+    """Whether the GPU kernels can run these weights at all: bf16, biases included, and an sm_90 GPU."""
+    from ...launch import why_no_kernels
+
+    return weights.dtype == torch.bfloat16 and why_no_kernels(weights) is None
 
 
 @dataclass

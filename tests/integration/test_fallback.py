@@ -71,12 +71,16 @@ def test_unsupported_layers_fall_back_with_the_reason(
     assert chosen.expected == []
 
 
+@pytest.mark.parametrize("cuda", [False, True])
 @pytest.mark.parametrize(
-    "layer", [{}, {"activation": "gelu"}, {"activation": "gelu_tanh"}, {"activation": "swigluoai"}]
+    "layer",
+    [{}, {"activation": "gelu"}, {"activation": "gelu_tanh"}, {"activation": "swigluoai", "has_bias": True}],
 )
-def test_supported_layers_do_not(layer: dict[str, Any]) -> None:
+def test_supported_layers_do_not(layer: dict[str, Any], cuda: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cutedsl_kernels.integration.vllm import compat
     from cutedsl_kernels.integration.vllm.method import why_unsupported
 
+    monkeypatch.setattr(compat, "is_cuda", lambda: cuda)
     assert why_unsupported(fake_layer(**layer)) is None
 
 

@@ -48,6 +48,8 @@ inspect.signature(triton._gemm).bind(*range(12), compute_type=0, use_fp8_w8a8=Fa
     use_int8_w8a16=False, use_int4_w4a16=False, per_channel_quant=False, B_bias=None)
 inspect.signature(triton._align).bind(0, 1, 2, None, ignore_invalid_experts=True)
 inspect.signature(triton._activate).bind(0, 1, 2)
+from vllm.model_executor.layers.fused_moe import activation
+assert "torch.ops._C.silu_and_mul_with_clamp(" in inspect.getsource(activation)
 inspect.signature(triton._sum).bind(0, 1)
 inspect.signature(triton._config).bind(0, 1, 2, None, 4)
 from vllm.forward_context import ForwardContext

@@ -1,0 +1,107 @@
+"""run_dense around an imitation of vLLM's Triton pieces in torch: which rows, biases and weights they are given.
+
+On an sm_90 GPU with vLLM, tests/gpu/test_vllm_dense.py runs the same layers through the real ones.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from helpers import check_close, random_problem
+
+from cutedsl_kernels.reference import gate_activation, up_transform
+
+pytestmark = pytest.mark.engine
+
+BLOCK = 4
+
+
+def align(
+    topk_ids: torch.Tensor, block: int, num_experts: int, expert_map: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Pairs by expert, each expert's padded to whole blocks with the number of pairs; the expert of each block."""
+    ids, pairs, experts = topk_ids.flatten(), [], []
+    for wanted in range(num_experts):
+        local = wanted if expert_map is None else int(expert_map[wanted])
+        mine = (ids == wanted).nonzero().flatten().tolist()
+        if local < 0 or not mine:
+            continue
+        pairs += mine + [ids.numel()] * (-len(mine) % block)
+        experts += [local] * -(-len(mine) // block)
+    return torch.tensor(pairs), torch.tensor(experts), torch.tensor([len(pairs)])
+
+
+def gemm(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    c: torch.Tensor,
+    topk_weights: torch.Tensor,
+    sorted_ids: torch.Tensor | None,
+    expert_ids: torch.Tensor,
+    padded: torch.Tensor,
+    weighted: bool,
+    top_k: int,
+    config: dict[str, int],
+    bias: torch.Tensor | None,
+) -> None:
+    rows = c.view(-1, c.shape[-1])
+    for place in range(int(padded)):
+        number = place // config["BLOCK_SIZE_M"]
+        if sorted_ids is None and place % config["BLOCK_SIZE_M"]:
+            continue
+        pair = number if sorted_ids is None else int(sorted_ids[place])
+        expert = int(expert_ids[number])
+        if pair >= len(rows):
+            continue
+        product = torch.zeros(rows.shape[1])
+        if expert >= 0:
+            product = b[expert].float() @ a.view(-1, a.shape[-1])[pair // top_k].float()
+            product += 0.0 if bias is None else bias[expert].float()
+            product *= topk_weights.flatten()[pair] if weighted else 1.0
+        rows[pair] = product
+
+
+def activate(activation: str, out: torch.Tensor, gate_up: torch.Tensor) -> None:
+    gate, up = gate_up.float().chunk(2, dim=1)
+    out.copy_(gate_activation(gate, activation) * up_transform(up, activation))
+
+
+@pytest.mark.parametrize("num_tokens", [1, 9])
+@pytest.mark.parametrize("changes", [{}, {"skip_pairs": 0.4}, {"remote_experts": True, "skip_pairs": 0.4}], ids=str)
+@pytest.mark.parametrize("biases", [False, True])
+def test_gpt_oss_layers(
+    num_tokens: int, changes: dict[str, Any], biases: bool, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cutedsl_kernels.integration.vllm import dense
+    from cutedsl_kernels.integration.vllm.state import LayerState
+
+    pieces = SimpleNamespace(
+        config=lambda *sizes: {"BLOCK_SIZE_M": BLOCK},
+        align=align,
+        gemm=gemm,
+        activate=activate,
+        sum=lambda pairs, out: out.copy_(pairs.float().sum(1)),
+    )
+    monkeypatch.setattr(dense.compat, "triton_experts", lambda: pieces)
+    sizes = {"num_experts": 16, "top_k": 2, "hidden_size": 64, "intermediate_size": 24}
+    options = {"activation": "swigluoai", "sparsity": 0.0, "biases": biases} | changes
+    case = random_problem(seed, num_tokens=num_tokens, **sizes, **options)
+    state = LayerState("layer", case.weights, 2, case.activation, False, case.thresholds, rho=case.pair_threshold)
+    experts = 16 if case.expert_map is None else case.expert_map.numel()
+    out = dense.run_dense(state, case.hidden_states, case.topk_weights, case.topk_ids, case.expert_map, experts)
+    check_close(out, case)
+
+
+def test_a_bias_is_not_scaled_with_the_input(seed: int) -> None:
+    from cutedsl_kernels.integration.vllm.dense import dense_runs
+    from cutedsl_kernels.integration.vllm.state import LayerState
+
+    sizes = {"num_tokens": 1, "num_experts": 2, "top_k": 1, "hidden_size": 64, "intermediate_size": 8}
+    for biases in (False, True):
+        case = random_problem(seed, biases=biases, **sizes)
+        for on_input in (False, True):
+            state = LayerState("layer", case.weights, 1, case.activation, on_input, case.thresholds)
+            assert dense_runs(state) == (not (biases and on_input))
