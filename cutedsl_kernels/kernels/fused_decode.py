@@ -26,6 +26,9 @@ Sum and cast: ``accum`` [T, H] fp32 is zero on entry. After adding to a token's 
 to ``counters[token]``; the one that completes the count (pairs of the token x tiles) casts the row to bf16, and leaves
 accum and counters zero for the next launch. No CTA ever waits for another one.
 
+Biases, where the experts have them: the gate's is added with the partial sums, the up projection's goes through the
+queue beside the list, the down projection's (times r) is added to accum by whoever enters a block at its first item.
+
 Bytes from HBM: per block of m <= 8 tokens 2H (I + 2 |union of active neurons|), x and y besides. An expert with more
 than 8 tokens has several blocks, each of which reads its gate rows again: from about 4 tokens an expert on, the staged
 kernels are the faster ones.

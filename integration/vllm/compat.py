@@ -174,9 +174,7 @@ class TritonExperts:
 
     def activate(self, activation: str, out: torch.Tensor, gate_up: torch.Tensor) -> None:
         """gate_up [P, 2I], gate columns first -> out [P, I]."""
-        if (
-            activation == "swigluoai"
-        ):  # vLLM's function of that name takes alternating columns; this one is its last part
+        if activation == "swigluoai":  # vLLM's function of that name takes alternating columns
             torch.ops._C.silu_and_mul_with_clamp(out, gate_up, SWIGLUOAI_LIMIT, SWIGLUOAI_ALPHA, 1.0)
             return
         self._activate(self._activations[activation], out, gate_up)

@@ -38,8 +38,7 @@ ARCHITECTURES = (
     Architecture(
         "gpt-oss",
         "gpt-oss, bf16 weights",
-        gpu="vLLM's own method",
-        note="clamped SwiGLU and biases: CPU only so far; mxfp4 checkpoints run vLLM's own method",
+        note="clamped SwiGLU and biases; mxfp4 checkpoints run vLLM's own method",
     ),
     Architecture(
         "deepseek-v2",
