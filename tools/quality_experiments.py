@@ -44,7 +44,7 @@ from cutedsl_kernels.quality.traffic import overlap, record_pairs
 
 TARGETS = (0.5, 0.7, 0.8, 0.85, 0.9)
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
-MARGIN = 0.1  # of the bar, kept free when searching on validation text
+MARGIN = 0.15  # of the bar, kept free when searching on validation text
 GAINS = (2.0, 2.3, 2.8, 3.3, 3.8)  # dense bytes over sparse ones, one token
 BATCH_GAINS = (1.1, 1.2, 1.4, 1.7)  # the same for 64 tokens
 QUICK_SCORES = ("gate", "gate-routed", "down-routed", "up-down-routed", "moments", "moments-routed", "learned-routed")
@@ -67,6 +67,7 @@ COLUMNS = [
     "byte_gain_batch_1",
     "union",
     "iou",
+    "validation_kl",
     "layer_sparsities",
     "calibration_tokens",
     "learning_tokens",
@@ -218,9 +219,10 @@ class Study:
             def limits(sparsity: float, share: float, scored: Scored = scored, budget: budgets.Budget = budget) -> Any:
                 return scored.thresholds(budget.at(sparsity), share)
 
-            for point in joint_for_kl(self.tuner, scored, bar, shares, thresholds=limits):
+            for point in joint_for_kl(self.tuner, scored, bar, shares, thresholds=limits, tolerance=0.008):
                 found = self.evaluator.quality(scored.as_rules(limits(point.sparsity, point.skip_pairs)))
                 values = {"target": point.sparsity, "skip_pairs_asked": point.skip_pairs, "batch": 1}
+                values["validation_kl"] = round(point.quality.kl_mean, 6)
                 self.add("joint-kl", name, kind, found, **values)
             for gain in gains:
                 for point in joint_for_bytes(self.tuner, scored, 1 / gain, shares, thresholds=limits):
@@ -292,7 +294,7 @@ def main() -> int:
         halves = b"\n".join(corpus.read_split("calibration")), b"\n".join(corpus.read_split("held-out"))
     windows = sequences(halves[0], arguments.learn_tokens * 5 // 4)
     learning = [window for i, window in enumerate(windows) if i % 5 != 2]
-    validation = spread_sequences(windows[2::5], max(2048, arguments.tokens // 2))
+    validation = spread_sequences(windows[2::5], max(6144, arguments.tokens // 2))
     held_out = sequences(halves[1], arguments.tokens)
     arguments.out.mkdir(parents=True, exist_ok=True)
     for path in arguments.checkpoints:

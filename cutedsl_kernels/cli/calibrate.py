@@ -7,14 +7,20 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from ..errors import UserError
 from ..sparsity import PROFILE_FILENAME
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..integration.vllm.calibrate import LearnedParts
+
 MINIMUM_TOKENS = 1024
+LARGEST_ON_CPU = 100_000_000  # bytes of a checkpoint that --score auto learns from without a GPU: minutes
 
 
 def register(app: typer.Typer) -> None:
@@ -31,22 +37,28 @@ def calibrate(
     score: Annotated[
         str,
         typer.Option(
-            help="What a neuron is judged by: gate (the paper's), down, up-down or moments, each also with -routed: "
-            "times the routing weight. docs/thresholds.md explains them."
+            help="What a neuron is judged by: gate (the paper's), down, up-down, moments or learned, each also with "
+            "-routed: times the routing weight. docs/thresholds.md explains them. auto: learned-routed where the model "
+            "can be opened for training in the memory there is, else moments-routed."
         ),
-    ] = "moments-routed",
+    ] = "auto",
+    learn_steps: Annotated[
+        int, typer.Option(help="Steps of training for the scores learned and learned-routed.")
+    ] = 200,
     skip_pairs: Annotated[
         str,
         typer.Option(
             help="Share of (token, expert) pairs to skip whole, those of lowest routing weight; 0..1, or auto: chosen "
-            "together with the sparsity."
+            "together with the sparsity, for --batch tokens at once."
         ),
     ] = "0",
+    batch: Annotated[int, typer.Option(help="Tokens at once that --skip-pairs auto chooses for.")] = 1,
     budget: Annotated[
         str | None,
         typer.Option(
-            help="Sparsity per layer for an average: uniform; shared (one threshold); greedy or fisher (measured). "
-            "Default: fisher, or uniform where a fixed share of pairs is skipped."
+            help="Sparsity per layer for an average: uniform; shared (one threshold); greedy or fisher (measured); "
+            "learned (with the scores learned). Default: learned with those scores, else fisher; uniform where a fixed "
+            "share of pairs is skipped."
         ),
     ] = None,
     target: Annotated[
@@ -63,13 +75,13 @@ def calibrate(
     from ..quality.budgets import BUDGETS
     from ..quality.scores import SCORES
 
-    if score not in SCORES:
-        raise UserError(f"--score must be one of {', '.join(SCORES)}, got {score!r}")
-    if budget is not None and budget not in BUDGETS:
-        raise UserError(f"--budget must be one of {', '.join(BUDGETS)}, got {budget!r}")
+    if score not in (*SCORES, "auto"):
+        raise UserError(f"--score must be one of auto, {', '.join(SCORES)}, got {score!r}")
+    if budget is not None and budget not in (*BUDGETS, "learned"):
+        raise UserError(f"--budget must be one of {', '.join(BUDGETS)}, learned, got {budget!r}")
+    if budget == "learned" and not score.startswith("learned"):
+        raise UserError(f"--budget learned needs --score learned-routed (or learned), got --score {score}")
     share = _share(skip_pairs)
-    if budget is None:  # a layer cannot be less sparse than its share of skipped pairs
-        budget = "fisher" if share in (0, "auto") else "uniform"
     targets = sorted(set(target or DEFAULT_TARGETS))
     for value in targets:
         if not 0 < value < 1:
@@ -78,6 +90,8 @@ def calibrate(
         ("max-tokens", max_tokens, MINIMUM_TOKENS),
         ("max-len", max_len, 16),
         ("tensor-parallel-size", tensor_parallel_size, 1),
+        ("learn-steps", learn_steps, 1),
+        ("batch", batch, 1),
     ):
         if number < least:
             raise UserError(f"--{name} must be at least {least}, got {number}")
@@ -98,6 +112,15 @@ def calibrate(
     limit = min(max_len + 1, longest) if isinstance(longest, int) else max_len + 1
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     console = Console(stderr=True)
+    if score == "auto":
+        score, reason = learnable(model)
+        console.print(f"score {score}: {reason}")
+    if budget is None:  # a layer cannot be less sparse than its share of skipped pairs
+        measured = "learned" if SCORES[score].weight == "learned" else "fisher"
+        budget = measured if share in (0, "auto") else "uniform"
+    learned = None
+    if SCORES[score].weight == "learned":
+        learned = _learn(model, words, score, learn_steps, max_tokens, min(max_len, limit - 1), console)
     with console.status(f"starting vLLM with {model}"):
         engine = SparseEngine(
             model,
@@ -134,6 +157,8 @@ def calibrate(
                 budget=budget,
                 out=out,
                 progress=lambda done: progress.advance(task, done),
+                learned=learned,
+                batch=batch,
             )
     finally:
         engine.shutdown()
@@ -144,6 +169,66 @@ def calibrate(
     )
     if profile.neurons is not None:
         print(f"{out.with_name(profile.neurons.file)}: per-neuron parts, {profile.neurons.size} bytes; keep it there")
+
+
+def _learn(
+    model: str, words: str, score: str, steps: int, max_tokens: int, max_len: int, console: Console
+) -> LearnedParts:
+    """Trains thresholds in plain torch, and frees the model before the engine starts."""
+    import gc
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    import torch
+    from rich.progress import Progress
+    from transformers import AutoTokenizer
+
+    from ..integration.vllm.calibrate import LearnedParts
+    from ..quality.hf import MoEModel
+    from ..quality.learned import learn_thresholds
+    from ..quality.scores import SCORES
+    from ..quality.text import cut_sequences
+
+    with console.status(f"opening {model} to learn thresholds"):
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        opened = MoEModel.load(model, device, torch.bfloat16 if device == "cuda" else torch.float32)
+        encode = AutoTokenizer.from_pretrained(model).encode
+    sequences = cut_sequences(words, encode, max_tokens=2 * max_tokens, max_len=max_len)
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("learning", total=steps)
+        found = learn_thresholds(
+            opened,
+            sequences,
+            router_weighted=SCORES[score].router_weighted,
+            steps=steps,
+            progress=lambda done: progress.advance(task, done),
+        )
+        parts = LearnedParts(found.factors(opened.layers), found.budget)
+    del opened, found
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return parts
+
+
+def learnable(model: str) -> tuple[str, str]:
+    """(score, reason): what --score auto is for this model.
+
+    Learning opens the whole checkpoint through transformers on one device, with room for activations: its files may
+    take 60 % of the free memory of the GPU, or without one LARGEST_ON_CPU bytes.
+    """
+    import torch
+
+    folder = Path(model)
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors")) if folder.is_dir() else 0
+    if not size:
+        return "moments-routed", f"{model} is no folder with safetensors files; --score learned-routed would open it"
+    if torch.cuda.is_available():
+        room, where = int(0.6 * torch.cuda.mem_get_info()[0]), "60 % of the free memory of the GPU"
+    else:
+        room, where = LARGEST_ON_CPU, "the limit for learning on a CPU"
+    if size > room:
+        return "moments-routed", f"the checkpoint has {size / 1e9:.2f} GB, {where} is {room / 1e9:.2f} GB"
+    return "learned-routed", f"the checkpoint has {size / 1e9:.2f} GB, within {where}"
 
 
 def _share(text: str) -> float | Literal["auto"]:

@@ -86,6 +86,14 @@ class Budget:
     def at(self, average: float) -> dict[str, float]:
         return {name: float(np.interp(average, self.averages, column)) for name, column in self.columns.items()}
 
+    def renamed(self, names: Sequence[str]) -> Budget:
+        """The same for layers called ``names``, in order. ValueError if there are more or fewer."""
+        columns = list(self.columns.values())
+        rows = {
+            float(a): {n: float(c[i]) for n, c in zip(names, columns, strict=True)} for i, a in enumerate(self.averages)
+        }
+        return Budget({average: row for average, row in rows.items() if average > 0})
+
 
 def measured_curve(points: Mapping[float, float]) -> Curve:
     """From measured {sparsity: cost}: a parabola in the logarithm of the cost, made non-decreasing, 0 at 0.

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 
 from ..calibration import LayerHistogram
+from ..cost_model import dense_bytes, layer_bytes
+from ..shapes import MoEShape
 from ..sparsity import LayerThresholds
 from .budgets import expert_factors
 from .hf import Layer, MoEModel, Rule, Tap
@@ -271,6 +273,28 @@ def sparsity_for_bytes(skip_pairs: float, bytes_share: float) -> float | None:
     """
     sparsity = 1 - (3 * bytes_share - (1 - skip_pairs)) / 2
     return sparsity if skip_pairs <= sparsity <= 1 else None
+
+
+def expected_bytes(shape: MoEShape, batch: int, skip_pairs: float, sparsity: float) -> float:
+    """Weight bytes that ``batch`` tokens read, over the dense ones: uniform routing, independent masks (cost_model)."""
+    sparse, dense = layer_bytes(shape, batch, sparsity, skip_pairs), dense_bytes(shape, batch)
+    return (sparse.gate + sparse.up_down) / (dense.gate + dense.up_down)
+
+
+def sparsity_for_expected_bytes(shape: MoEShape, batch: int, skip_pairs: float, bytes_share: float) -> float | None:
+    """As sparsity_for_bytes, for ``batch`` tokens at once by the cost model; bisection to 0.0005."""
+    low, high = skip_pairs, 1.0
+    if (
+        not expected_bytes(shape, batch, skip_pairs, high)
+        <= bytes_share
+        <= expected_bytes(shape, batch, skip_pairs, low)
+    ):
+        return None
+    while high - low > 0.0005:
+        middle = (low + high) / 2
+        more = expected_bytes(shape, batch, skip_pairs, middle) > bytes_share
+        low, high = (middle, high) if more else (low, middle)
+    return high
 
 
 RulesFor = Callable[

@@ -58,18 +58,12 @@ def run_tasks(
     """{target: {task: accuracy, "mean": mean}}; 0 = dense. Prints a table with each mean relative to the first
     target's.
     """
-    import lm_eval
-
     results: dict[str, dict[str, float]] = {}
     table = Table(title="Tasks", title_justify="left")
     for heading in ("target", *tasks, "mean", "of dense"):
         table.add_column(heading, justify="right")
     for target in targets:
-        answer = lm_eval.simple_evaluate(
-            model="vllm", model_args=vllm_arguments(model, profile, target), tasks=list(tasks)
-        )
-        row = {task: _accuracy(answer["results"][task]) for task in tasks}
-        row["mean"] = sum(row.values()) / len(row)
+        row = task_accuracies(model, profile, target, tasks)
         results[f"{target:g}"] = row
         base = next(iter(results.values()))["mean"]
         table.add_row(
@@ -79,6 +73,16 @@ def run_tasks(
         )
     console.print(table)
     return results
+
+
+def task_accuracies(model: str, profile: Path | None, target: float, tasks: Sequence[str]) -> dict[str, float]:
+    """{task: accuracy, "mean": mean} at one target sparsity; 0 = dense."""
+    import lm_eval
+
+    answer = lm_eval.simple_evaluate(model="vllm", model_args=vllm_arguments(model, profile, target), tasks=list(tasks))
+    row = {task: _accuracy(answer["results"][task]) for task in tasks}
+    row["mean"] = sum(row.values()) / len(row)
+    return row
 
 
 def vllm_arguments(model: str, profile: Path | None, target: float) -> dict[str, Any]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from ...calibration import DEFAULT_TARGETS, LayerHistogram, LayerHistograms, layer_table
 from ...quality.budgets import (
@@ -22,17 +24,26 @@ from ...quality.budgets import (
 )
 from ...quality.engine_eval import setting_qualities
 from ...quality.scores import save_neuron_parts, score_named
-from ...quality.search import sparsity_for_bytes
+from ...quality.search import CAP_ROUNDS, expected_bytes, sparsity_for_expected_bytes, spread_sequences
+from ...shapes import MoEShape
 from ...sparsity import FORMAT, FORMAT_2, Calibration, Created, LayerTable, NeuronFile, SparsityProfile
 from .engine import SparseEngine
-from .neurons import neuron_parts, rho_caps
+from .neurons import neuron_parts, raise_experts, rho_caps
 
 BATCH_TOKENS = 8192
 REFINE_FROM = 0.5  # below this target a sparse model's routing is close enough to the dense one's
 REFINE_TOKENS = 8192
 BUDGET_TOKENS = 4096
-JOINT_GAINS = (1.5, 2.0, 2.5, 3.0, 3.5)
+JOINT_GOALS = ((0.0, 0.5), (0.1, 0.7), (0.2, 0.85), (0.3, 0.92), (0.4, 0.96))  # (skipped, sparsity): whose bytes
 JOINT_SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
+
+
+@dataclass(frozen=True)
+class LearnedParts:
+    """What learn_thresholds found: the factors fp16 [E, I] of every layer in model order, and the budget."""
+
+    factors: list[torch.Tensor]
+    budget: Budget
 
 
 def batches(sequences: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
@@ -78,13 +89,16 @@ def calibrate_profile(
     budget: str = "uniform",
     out: Path | None = None,
     progress: Callable[[int], Any] = lambda tokens: None,
+    learned: LearnedParts | None = None,
+    batch: int = 1,
 ) -> SparsityProfile:
     """The profile of the engine's model from a text: ``sequences`` of token ids.
 
-    ``skip_pairs``: a share, or "auto": chosen together with the sparsity (joint_skip). ``out``: where the profile
-    will be written. Scores with per-neuron parts write them beside it (neuron_file), and a budget that is measured
-    keeps its measurements there until the profile is made, so that it can be resumed. First the dense model is
-    recorded. A sparse model's layers see other inputs and routing weights than the dense one's, so every row from
+    ``skip_pairs``: a share, or "auto": chosen together with the sparsity for ``batch`` tokens at once (joint_skip).
+    ``learned``: for the scores `learned` (quality/learned.py), and for the budget of that name. ``out``: where the
+    profile will be written. Scores with per-neuron parts write them beside it (neuron_file), and a budget that is
+    measured keeps its measurements there until the profile is made, so that it can be resumed. First the dense model
+    is recorded. A sparse model's layers see other inputs and routing weights than the dense one's, so every row from
     REFINE_FROM on is then recorded again under its own first thresholds, on a part of the text (refine_sequences).
     ``progress`` is told the tokens of each batch run; planned_tokens gives their sum. Leaves the engine dense.
     """
@@ -94,15 +108,27 @@ def calibrate_profile(
             f"out must be given for the score {score}: its per-neuron parts are written beside the profile"
         )
     engine.set_target(0.0)
-    parts = neuron_parts(engine, definition, _told_batches(sequences, progress))
+    factors = None if learned is None else learned.factors
+    parts = neuron_parts(engine, definition, _told_batches(sequences, progress), factors)
     histograms = record(engine, sequences, progress)
+    for _ in range(CAP_ROUNDS):
+        raised = None if parts is None else raise_experts(engine, definition, parts, histograms.layers)
+        if raised is None:
+            break
+        parts, histograms = raised, record(engine, sequences, progress)
     weighted, names = definition.router_weighted, list(histograms.layers)
     kind = "gate-routed" if weighted else "gate"
     key = {"text_sha256": text_sha256, "score": score, "tokens": histograms.tokens, **engine.identity.model_dump()}
-    spread = layer_budget(engine, histograms.layers, budget, weighted, refine_sequences(sequences), out, key, progress)
+    if budget == "learned":
+        if learned is None:
+            raise ValueError("learned must be given for the budget 'learned'")
+        spread = learned.budget.renamed(names)
+    else:
+        text = refine_sequences(sequences)
+        spread = layer_budget(engine, histograms.layers, budget, weighted, text, out, key, progress)
     shares = {n: (np.array([0.0, 1.0]), np.array([skip_pairs, skip_pairs])) for n in names if skip_pairs != "auto"}
     if skip_pairs == "auto":
-        shares = joint_skip(engine, histograms.layers, spread, weighted, refine_sequences(sequences), progress)
+        shares = joint_skip(engine, histograms.layers, spread, weighted, refine_sequences(sequences), progress, batch)
     rows = []
     for target in targets:
         wanted = spread.at(target)
@@ -189,21 +215,25 @@ def joint_skip(
     router_weighted: bool,
     sequences: Sequence[Sequence[int]],
     progress: Callable[[int], Any],
+    batch: int = 1,
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Per layer (sparsities, shares of pairs to skip), for numpy.interp over the average sparsity.
 
-    For each of JOINT_GAINS (dense bytes over sparse bytes of one token) every share of JOINT_SHARES is tried with the
-    sparsity that reads the same bytes, and the one of least KL taken. No share leaves a recorded token without an
-    expert.
+    For the bytes of each of JOINT_GOALS, every share of JOINT_SHARES is tried with the sparsity that reads the same
+    bytes, and the one of least KL taken. Bytes are those of ``batch`` tokens by the cost model (uniform routing,
+    independent masks). No share leaves a recorded token without an expert.
     """
+    identity = engine.identity
+    shape = MoEShape(identity.num_experts, identity.top_k, identity.hidden_size, identity.intermediate_size)
     kind = "gate-routed" if router_weighted else "gate"
     caps = {name: histograms[name].skippable(cap) for name, cap in rho_caps(engine).items()}
-    points = [
-        (gain, share, sparsity)
-        for gain in JOINT_GAINS
-        for share in JOINT_SHARES
-        if (sparsity := sparsity_for_bytes(share, 1 / gain)) is not None
-    ]
+    points = []
+    for goal in JOINT_GOALS:
+        wanted_bytes = expected_bytes(shape, batch, *goal)
+        for share in JOINT_SHARES:
+            sparsity = sparsity_for_expected_bytes(shape, batch, share, wanted_bytes)
+            if sparsity is not None:
+                points.append((goal, share, sparsity))
     settings = []
     for _, share, sparsity in points:
         wanted = budget.at(sparsity)
@@ -215,10 +245,10 @@ def joint_skip(
         )
     text = sequences[: max(1, round(len(sequences) * BUDGET_TOKENS / sum(map(len, sequences))))]
     progress((len(settings) + 1) * sum(map(len, text)))
-    best: dict[float, tuple[float, float, float]] = {}
-    for (gain, share, sparsity), quality in zip(points, setting_qualities(engine, text, settings), strict=True):
-        if gain not in best or quality.kl_mean < best[gain][0]:
-            best[gain] = (quality.kl_mean, sparsity, share)
+    best: dict[tuple[float, float], tuple[float, float, float]] = {}
+    for (goal, share, sparsity), quality in zip(points, setting_qualities(engine, text, settings), strict=True):
+        if goal not in best or quality.kl_mean < best[goal][0]:
+            best[goal] = (quality.kl_mean, sparsity, share)
     path = sorted((sparsity, share) for _, sparsity, share in best.values())
     grid = np.array([0.0, *(sparsity for sparsity, _ in path)])
     shares = np.maximum.accumulate(np.array([0.0, *(share for _, share in path)]))
@@ -227,15 +257,13 @@ def joint_skip(
 
 def refine_sequences(sequences: Sequence[Sequence[int]]) -> list[Sequence[int]]:
     """Sequences of about REFINE_TOKENS tokens in all, at even distances."""
-    total = sum(map(len, sequences))
-    wanted = max(1, min(len(sequences), round(len(sequences) * REFINE_TOKENS / total)))
-    return [sequences[int((i + 0.5) * len(sequences) / wanted)] for i in range(wanted)]
+    return spread_sequences(sequences, REFINE_TOKENS)
 
 
 def planned_tokens(sequences: Sequence[Sequence[int]], targets: Sequence[float], score: str = "gate-routed") -> int:
     """Tokens that calibrate_profile will run, without those of a measured budget."""
     again = sum(map(len, refine_sequences(sequences)))
-    passes = 2 if score_named(score).calibrated else 1
+    passes = 2 if score_named(score).weight == "moments" else 1
     return passes * sum(map(len, sequences)) + again * sum(target >= REFINE_FROM for target in targets)
 
 

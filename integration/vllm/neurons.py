@@ -4,14 +4,16 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from ...calibration import LayerHistogram
 from ...errors import UserError
+from ...quality.budgets import expert_factors
 from ...quality.scores import (
     NeuronParts,
     Score,
@@ -148,10 +150,13 @@ def gather_norms(engine: SparseEngine) -> dict[str, torch.Tensor]:
 
 
 def neuron_parts(
-    engine: SparseEngine, score: Score, batches: Iterator[Sequence[Sequence[int]]]
+    engine: SparseEngine,
+    score: Score,
+    batches: Iterator[Sequence[Sequence[int]]],
+    learned: Sequence[torch.Tensor] | None = None,
 ) -> dict[str, NeuronParts] | None:
     """What the score needs per neuron, and the fingerprints of the weights; sets the score on all ranks. None: needs
-    nothing.
+    nothing. ``learned``: the factors [E, I] of every layer in order, for a learned score.
 
     rms_up is rounded to fp16 as the file will hold it, so that calibration and serving use the same numbers.
     """
@@ -160,11 +165,38 @@ def neuron_parts(
         return None
     norms = gather_norms(engine)
     rms: dict[str, torch.Tensor] | None = None
-    if score.calibrated:
+    if score.weight == "learned":
+        if learned is None or [tuple(part.shape) for part in learned] != [
+            (n.shape[0], n.shape[2]) for n in norms.values()
+        ]:
+            raise ValueError(
+                f"learned must be the factors [E, I] of all {len(norms)} layers for the score {score.name}"
+            )
+        rms = {name: part.half() for name, part in zip(norms, learned, strict=True)}
+    elif score.calibrated:
         moments = record_moments(engine, batches)
         rms = {name: moments[name].rms(norms[name][:, 0]).half() for name in norms}
     engine._call("sparsity_score", score.name, rms)
     return {name: NeuronParts(check_of_norms(norms[name]), None if rms is None else rms[name]) for name in norms}
+
+
+def raise_experts(
+    engine: SparseEngine, score: Score, parts: dict[str, NeuronParts], histograms: Mapping[str, LayerHistogram]
+) -> dict[str, NeuronParts] | None:
+    """``parts`` with the weights of experts raised that would be too sparse (budgets.expert_factors), set on all ranks.
+    None: there are none.
+    """
+    factors = {name: expert_factors(h, router_weighted=score.router_weighted) for name, h in histograms.items()}
+    if all(float(factor.max()) == 1 for factor in factors.values()):
+        return None
+    raised = {}
+    for name, part in parts.items():
+        if part.rms_up is None:
+            return None  # c follows from the weights alone, and has no factor to raise
+        rms = (part.rms_up.float() * factors[name].unsqueeze(1)).clamp(max=65504.0)
+        raised[name] = NeuronParts(part.check, rms.half())
+    engine._call("sparsity_score", score.name, {name: part.rms_up for name, part in raised.items()})
+    return raised
 
 
 def load_parts(profile: SparsityProfile, path: str | Path) -> dict[str, NeuronParts]:

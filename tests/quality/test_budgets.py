@@ -68,6 +68,9 @@ def test_budget_interpolates() -> None:
     budget = Budget({0.5: {"a": 0.4, "b": 0.6}, 0.9: {"a": 0.85, "b": 0.95}})
     assert budget.at(0.7) == pytest.approx({"a": 0.625, "b": 0.775})
     assert budget.at(0.25) == pytest.approx({"a": 0.2, "b": 0.3})
+    assert budget.renamed(["x", "y"]).at(0.7) == pytest.approx({"x": 0.625, "y": 0.775})
+    with pytest.raises(ValueError, match=r"shorter|longer"):
+        budget.renamed(["x"])
 
 
 def histogram_of(scores: torch.Tensor) -> LayerHistogram:

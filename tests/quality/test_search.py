@@ -14,14 +14,17 @@ from cutedsl_kernels.quality.scores import SCORES, row_norms
 from cutedsl_kernels.quality.search import (
     Evaluator,
     Scored,
+    expected_bytes,
     highest_within,
     joint_for_bytes,
     joint_for_kl,
     record_fisher,
     record_moments,
     sparsity_for_bytes,
+    sparsity_for_expected_bytes,
 )
 from cutedsl_kernels.quality.traffic import LayerPairs, batch_bytes, overlap, record_pairs
+from cutedsl_kernels.shapes import MoEShape
 
 pytestmark = pytest.mark.cpu
 
@@ -156,3 +159,16 @@ def test_layers_without_weights_per_neuron_use_one_number(seed: int) -> None:
     scored = Scored.record(model, texts(seed, 2), SCORES["gate"])
     assert all(isinstance(rule.tau, float) for rule in scored.rules(0.5).values())
     assert row_norms(next(iter(model.layers.values())).weights)[0].shape == (4, 24)
+
+
+@pytest.mark.parametrize("batch", [1, 64])
+def test_expected_bytes_and_their_inverse(batch: int) -> None:
+    shape = MoEShape(16, 4, 64, 64)
+    for share in (0.0, 0.3):
+        wanted = expected_bytes(shape, batch, share, 0.85)
+        assert sparsity_for_expected_bytes(shape, batch, share, wanted) == pytest.approx(0.85, abs=1e-3)
+        if batch == 1:
+            assert wanted == pytest.approx(((1 - share) + 2 * 0.15) / 3)
+            assert sparsity_for_bytes(share, wanted) == pytest.approx(0.85)
+    assert expected_bytes(shape, 64, 0.0, 0.85) > expected_bytes(shape, 1, 0.0, 0.85)
+    assert sparsity_for_expected_bytes(shape, batch, 0.0, 0.2) is None  # the gate alone is a third
