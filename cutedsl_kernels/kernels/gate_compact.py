@@ -29,18 +29,12 @@ class GateCompact:
         self.spec, self.ring = spec, spec.row_ring()
 
     @cute.jit
-    def launch(
-        self, tokens, w13, w13_bias, thresholds, topk_weights, items, sorted_pairs, counts, neurons, gates, stream
-    ):
-        self.kernel(
-            tokens, w13, thresholds, topk_weights, items, sorted_pairs, counts, neurons, gates, w13_bias
-        ).launch(
-            grid=(self.spec.row_blocks, cute.size(items, mode=[0]), 1),
-            block=(self.ring.threads, 1, 1),
-            stream=stream,
-            min_blocks_per_mp=2,
-            preferred_smem_carveout=100,
-            use_pdl=bool(self.spec.config.overlap),
+    def launch(self, tokens, w13, w13_bias, thresholds, routed, lists, stream):
+        self.spec.launch(
+            self.kernel(tokens, w13, thresholds, routed, lists, w13_bias),
+            (self.spec.row_blocks, cute.size(routed[1], mode=[0]), 1),
+            self.ring.threads,
+            stream,
         )
 
     @cute.kernel
@@ -49,20 +43,17 @@ class GateCompact:
         tokens: cute.Tensor,
         w13: cute.Tensor,
         thresholds: cute.Tensor,
-        topk_weights: cute.Tensor,
-        items: cute.Tensor,
-        sorted_pairs: cute.Tensor,
-        counts: cute.Tensor,
-        neurons: cute.Tensor,
-        gates: cute.Tensor,
+        routed: tuple,
+        lists: tuple,
         w13_bias: cute.Tensor | None,
     ):
         spec = self.spec
+        topk_weights, items, sorted_pairs = routed
         thread, _, _ = cute.arch.thread_idx()
         block, item, _ = cute.arch.block_idx()
         self.spec.begin()
         smem = SmemAllocator()
-        lines = self.ring.allocate(smem)
+        ring = self.ring.allocate(smem)
         weights = smem.allocate_tensor(F32, cute.make_layout((spec.token_block,)), 16)
         warp_counts = smem.allocate_tensor(I32, cute.make_layout((4, spec.config.row_groups)), 16)
         expert, start, num_tokens = item_fields(items, item)
@@ -81,7 +72,7 @@ class GateCompact:
             base = I64(expert) * (2 * spec.intermediate_size * spec.hidden_size)
             acc = self.ring.accumulators()
             self.ring.product_of_rows(
-                lines,
+                ring,
                 w13.iterator + cute.assume(base, divby=LINE),
                 a_rows,
                 tokens.iterator,
@@ -95,7 +86,7 @@ class GateCompact:
             for j in cutlass.range_constexpr(spec.token_block // 8):
                 if 8 * j < num_tokens:
                     self.activate(acc, active, weights, bias, tau, first, num_tokens, j, lane)
-            self.write_lists(active, acc, num_tokens, warp_counts, item, block, thread, counts, neurons, gates)
+            self.write_lists(active, acc, num_tokens, warp_counts, item, block, thread, lists)
 
     @cute.jit
     def load_bias(self, w13_bias, expert, first):
@@ -127,8 +118,9 @@ class GateCompact:
                 active[h] = active[h] or keep
 
     @cute.jit
-    def write_lists(self, active, acc, num_tokens, warp_counts, item, block, thread, counts, neurons, gates):
+    def write_lists(self, active, acc, num_tokens, warp_counts, item, block, thread, lists):
         """Compaction of the rows whose four lanes (one row of the accumulators) hold any active token."""
+        counts, neurons, gates = lists
         lane, warp, group = thread % 32, (thread % THREADS) // 32, thread // THREADS
         tile = block * self.spec.config.row_groups + group
         row, quarter = lane // 4, lane % 4

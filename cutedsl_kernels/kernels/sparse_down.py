@@ -34,33 +34,30 @@ class SparseDown:
         self.column_tiles = spec.hidden_size // self.columns
 
     @cute.jit
-    def launch(self, w2_rows, items, sorted_pairs, active, slots, hidden, total, stream):
+    def launch(self, w2_rows, routed, active, total, stream):
         per_cta = self.spec.config.down_tiles
-        self.kernel(w2_rows, items, sorted_pairs, active, slots, hidden, total).launch(
-            grid=(
+        self.spec.launch(
+            self.kernel(w2_rows, routed[1:], active, total),
+            (
                 (self.column_tiles + per_cta - 1) // per_cta,
-                cute.size(items, mode=[0]),
+                cute.size(routed[1], mode=[0]),
                 self.spec.config.down_splits,
             ),
-            block=(THREADS, 1, 1),
-            stream=stream,
-            min_blocks_per_mp=2,
-            preferred_smem_carveout=100,
-            use_pdl=bool(self.spec.config.overlap),
+            THREADS,
+            stream,
         )
 
     @cute.kernel
     def kernel(
         self,
         w2_rows: cute.Tensor,
-        items: cute.Tensor,
-        sorted_pairs: cute.Tensor,
-        active: cute.Tensor,
-        slots: cute.Tensor,
-        hidden: cute.Tensor,
+        routed: tuple,
+        active: tuple,
         total: cute.Tensor,
     ):
         spec = self.spec
+        items, sorted_pairs = routed
+        numbers, slots, hidden = active
         thread, _, _ = cute.arch.thread_idx()
         part, item, split = cute.arch.block_idx()
         self.spec.begin()
@@ -69,7 +66,7 @@ class SparseDown:
         pairs = smem.allocate_tensor(I32, cute.make_layout((spec.token_block,)), 16)
         expert, start, num_tokens = item_fields(items, item)
         if num_tokens > 0:
-            count = active[item]
+            count = numbers[item]
             tiles = (count + (ROWS - 1)) // ROWS
             per_split = (tiles + (spec.config.down_splits - 1)) // spec.config.down_splits
             begin = split * per_split

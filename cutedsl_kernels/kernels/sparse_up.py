@@ -21,7 +21,7 @@ from .staged_common import LINE, ROWS, StagedSpec, item_fields, load_item
 
 
 class SparseUp:
-    """active [max_items] int32 (active neurons of an item), slots [max_items, tiles * 64] int32 (their neurons),
+    """numbers [max_items] int32 (active neurons of an item), slots [max_items, tiles * 64] int32 (their neurons),
     hidden [max_items, token_block, tiles * 64] bf16."""
 
     def __init__(self, spec: StagedSpec):
@@ -29,31 +29,12 @@ class SparseUp:
         self.rows = min(spec.config.up_rows, self.ring.lines)
 
     @cute.jit
-    def launch(
-        self,
-        tokens,
-        w13,
-        w13_bias,
-        topk_weights,
-        items,
-        sorted_pairs,
-        counts,
-        neurons,
-        gates,
-        active,
-        slots,
-        hidden,
-        stream,
-    ):
-        self.kernel(
-            tokens, w13, topk_weights, items, sorted_pairs, counts, neurons, gates, active, slots, hidden, w13_bias
-        ).launch(
-            grid=(-(-self.spec.intermediate_size // self.rows), cute.size(items, mode=[0]), 1),
-            block=(self.ring.threads, 1, 1),
-            stream=stream,
-            min_blocks_per_mp=2,
-            preferred_smem_carveout=100,
-            use_pdl=bool(self.spec.config.overlap),
+    def launch(self, tokens, w13, w13_bias, routed, lists, active, stream):
+        self.spec.launch(
+            self.kernel(tokens, w13, routed, lists, active, w13_bias),
+            (-(-self.spec.intermediate_size // self.rows), cute.size(routed[1], mode=[0]), 1),
+            self.ring.threads,
+            stream,
         )
 
     @cute.kernel
@@ -61,23 +42,20 @@ class SparseUp:
         self,
         tokens: cute.Tensor,
         w13: cute.Tensor,
-        topk_weights: cute.Tensor,
-        items: cute.Tensor,
-        sorted_pairs: cute.Tensor,
-        counts: cute.Tensor,
-        neurons: cute.Tensor,
-        gates: cute.Tensor,
-        active: cute.Tensor,
-        slots: cute.Tensor,
-        hidden: cute.Tensor,
+        routed: tuple,
+        lists: tuple,
+        active: tuple,
         w13_bias: cute.Tensor | None,
     ):
         spec = self.spec
+        topk_weights, items, sorted_pairs = routed
+        counts, neurons, gates = lists
+        numbers, slots, hidden = active
         thread, _, _ = cute.arch.thread_idx()
         block, item, _ = cute.arch.block_idx()
         self.spec.begin()
         smem = SmemAllocator()
-        lines = self.ring.allocate(smem)
+        ring = self.ring.allocate(smem)
         weights = smem.allocate_tensor(F32, cute.make_layout((spec.token_block,)), 16)
         prefix = smem.allocate_tensor(I32, cute.make_layout((spec.tiles + 1,)), 16)
         slot_position = smem.allocate_tensor(I32, cute.make_layout((self.ring.lines,)), 16)
@@ -89,7 +67,7 @@ class SparseUp:
             cute.arch.sync_threads()
             total = prefix[spec.tiles]
             if block == 0 and thread == 0:
-                active[item] = total
+                numbers[item] = total
             blocks = (total + (self.rows - 1)) // self.rows
             if block < blocks:
                 size = (total + blocks - 1) // blocks
@@ -117,7 +95,7 @@ class SparseUp:
                 base = (I64(expert) * 2 + 1) * (spec.intermediate_size * spec.hidden_size)
                 acc = self.ring.accumulators()
                 self.ring.product_of_rows(
-                    lines,
+                    ring,
                     w13.iterator + cute.assume(base, divby=LINE),
                     a_rows,
                     tokens.iterator,

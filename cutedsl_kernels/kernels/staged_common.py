@@ -42,6 +42,12 @@ class StagedSpec:
 
     Vocabulary as in shapes.MoEShape and configs.StagedConfig. Weights, activations and output are bf16, index buffers
     int32, thresholds, routing weights and sums fp32. An *item* is one expert and up to token_block of its tokens.
+
+    Tensors that several kernels take go together, in tuples:
+
+        routed   topk_weights [T, k], items [max_items, 4], sorted_pairs [T*k]                      by route_sort
+        lists    counts [max_items, tiles], neurons and gates [max_items, capacity (, block)]     by gate_compact
+        active   numbers [max_items], slots [max_items, capacity], hidden [max_items, block, capacity]   by sparse_up
     """
 
     hidden_size: int
@@ -81,6 +87,17 @@ class StagedSpec:
         if self.config.overlap:
             cute.arch.griddepcontrol_wait()
             cute.arch.griddepcontrol_launch_dependents()
+
+    def launch(self, kernel, grid, threads: int, stream) -> None:
+        """Launches a kernel that reads weights: as many CTAs of it on an SM as shared memory holds, at least two."""
+        kernel.launch(
+            grid=grid,
+            block=(threads, 1, 1),
+            stream=stream,
+            min_blocks_per_mp=2,
+            preferred_smem_carveout=100,
+            use_pdl=bool(self.config.overlap),
+        )
 
     def row_ring(self) -> TileRing:
         """Ring of the gate and up products."""

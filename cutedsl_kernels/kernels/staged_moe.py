@@ -75,23 +75,9 @@ class StagedMoE:
             total,
             stream,
         )
-        self.gate_compact.launch(
-            tokens, w13, w13_bias, thresholds, topk_weights, items, sorted_pairs, counts, neurons, gates, stream
-        )
-        self.sparse_up.launch(
-            tokens,
-            w13,
-            w13_bias,
-            topk_weights,
-            items,
-            sorted_pairs,
-            counts,
-            neurons,
-            gates,
-            active,
-            slots,
-            hidden,
-            stream,
-        )
-        self.sparse_down.launch(w2_rows, items, sorted_pairs, active, slots, hidden, total, stream)
+        routed, lists = (topk_weights, items, sorted_pairs), (counts, neurons, gates)
+        found = (active, slots, hidden)
+        self.gate_compact.launch(tokens, w13, w13_bias, thresholds, routed, lists, stream)
+        self.sparse_up.launch(tokens, w13, w13_bias, routed, lists, found, stream)
+        self.sparse_down.launch(w2_rows, routed, found, total, stream)
         self.combine.launch(w2_bias, topk_weights, kept, total, out, stream)

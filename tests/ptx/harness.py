@@ -117,16 +117,17 @@ class DslProgram:
 
     @staticmethod
     def _bind(compiled: Any, example: tuple[Any, ...] | None) -> list[tuple[str, Any, Any]]:
-        """-> (name, annotation, example) of the arguments that exist at run time."""
+        """-> (name, annotation, example) of the arguments that exist at run time; not those compiled as None."""
         signature = compiled.execution_args.original_signature
         kept = compiled.execution_args.signature.parameters
         names = [p for p in signature.parameters if p != "self"]
+        absent = set() if example is None else {n for n, a in zip(names, example, strict=False) if a is None}
         if example is None:
             example = (None,) * len(names)
         if len(example) != len(names):
             raise PtxError(f"the function takes {names}, got {len(example)} example arguments")
         annotations = {n: p.annotation for n, p in signature.parameters.items()}
-        return [(n, annotations[n], a) for n, a in zip(names, example, strict=True) if n in kept]
+        return [(n, annotations[n], a) for n, a in zip(names, example, strict=True) if n in kept and n not in absent]
 
     def with_ptx(self, text: str) -> DslProgram:
         """The same host code with another PTX text (mutation tests)."""
