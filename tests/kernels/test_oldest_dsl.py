@@ -25,7 +25,7 @@ FOLDER = HERE.parents[1] / ".cache" / f"cutlass-dsl-{OLDEST}"
     [
         ("test_compile.py",),
         ("test_compile_tier.py",),
-        ("test_fused_execute.py", "-k", "test_sparsity_and_tokens and 5-0.5"),
+        ("test_fused_execute.py", "-k", "(test_sparsity_and_tokens and 5-0.5) or width_of_gpt_oss"),
     ],
     ids=lambda tests: tests[0],
 )
