@@ -74,7 +74,7 @@ demo: $(INSTALLED)
 	@i=0; $(BIN)/python tools/corpus.py --split held-out --list | grep -E '/(hmac|http/server)\.py$$' | while read -r file; do \
 	  i=$$((i + 1)); head -c 400 "$$file" > demo/prompt-$$i.txt; done
 	@echo "[2/4] calibrate"
-	@$(COMMAND) calibrate $(MODEL) --text demo/calibration.txt --max-tokens 16384 --out demo/profile.json
+	@$(COMMAND) calibrate $(MODEL) --text demo/calibration.txt --max-tokens 16384 --learn-steps 60 --out demo/profile.json
 	@echo "[3/4] generate, dense and at $(DEMO_TARGET) sparsity (experts this small gain no speed on a CPU)"
 	@$(COMMAND) generate $(MODEL) --profile demo/profile.json --target $(DEMO_TARGET) --max-tokens 96 \
 	  --prompt-file demo/prompt-1.txt --prompt-file demo/prompt-2.txt

@@ -1,5 +1,5 @@
-"""Plots the CSV files of tools/quality_experiments.py: KL over sparsity for each score, and KL over byte gain with
-pairs skipped.
+"""Plots the CSV files of tools/quality_experiments.py: KL over sparsity for scores and budgets, and KL over byte gain
+with pairs skipped.
 
     python tools/plot_quality.py bench/results/quality_*.csv --out docs/images/thresholds.png
 """
@@ -11,7 +11,18 @@ import csv
 import sys
 from pathlib import Path
 
-SHOWN = ("gate", "gate-routed", "down-routed", "up-down-routed", "moments", "moments-routed", "oracle-routed")
+SHOWN = (  # score, budget, colour, line
+    ("gate", "uniform", "C0", "-"),
+    ("moments", "uniform", "C4", "-"),
+    ("gate-routed", "uniform", "C1", "-"),
+    ("moments-routed", "uniform", "C2", "--"),
+    ("moments-routed", "fisher", "C2", "-"),
+    ("learned-routed", "uniform", "C3", "--"),
+    ("learned-routed", "learned", "C3", "-"),
+    ("oracle-routed", "uniform", "0.5", ":"),
+)
+GAIN = "byte_gain_batch_1"
+COMPARED = (("moments-routed", "uniform"), ("learned-routed", "learned"))  # with pairs skipped
 
 
 def main() -> int:
@@ -30,19 +41,24 @@ def main() -> int:
         with path.open(newline="") as file:
             rows = list(csv.DictReader(file))
         upper, lower = axes[0][column], axes[1][column]
-        for index, score in enumerate(SHOWN):
-            points = sorted(
-                (float(row["sparsity"]), float(row["kl_mean"]))
-                for row in rows
-                if row["experiment"] == "score" and row["score"] == score
-            )
+        for score, budget, color, line in SHOWN:
+            points = _points(rows, ("score", "budget"), score, budget, "sparsity")
             if points:
-                style = {"color": f"C{index}", "ls": "--" if score.startswith("oracle") else "-"}
-                upper.plot([100 * x for x, _ in points], [y for _, y in points], marker="o", ms=4, label=score, **style)
-        for index, (name, test) in enumerate(_series(rows).items()):
-            points = sorted((float(row["byte_gain_batch_1"]), float(row["kl_mean"])) for row in test)
-            marker = "o-" if index < 2 else "s"
-            lower.plot(*zip(*points, strict=True), marker, ms=4, label=name)
+                label = score if budget == "uniform" else f"{score}, budget {budget}"
+                upper.plot(
+                    [100 * x for x, _ in points], [y for _, y in points], line, c=color, marker="o", ms=4, label=label
+                )
+        lower.plot(
+            *zip(*_points(rows, ("score",), "gate", "uniform", GAIN), strict=True), "o-", c="C0", ms=4, label="gate"
+        )
+        for (score, budget), color in zip(COMPARED, ("C2", "C3"), strict=True):
+            alone = _points(rows, ("score", "budget"), score, budget, GAIN)
+            lower.plot(*zip(*alone, strict=True), "o-", c=color, ms=4, label=f"{score}, no pairs skipped")
+            joint = _points(rows, ("joint-kl", "joint-bytes"), score, budget, GAIN)
+            lower.plot(*zip(*joint, strict=True), "s", c=color, ms=5, mfc="none", label=f"{score}, pairs skipped")
+        bar = next((float(row["kl_mean"]) for row in rows if row["experiment"] == "joint-kl-bar"), None)
+        if bar is not None:
+            lower.axhline(bar, c="C0", ls=":", lw=1, label="KL of gate at 85 %")
         upper.set(title=path.stem.removeprefix("quality_"), xlabel="realised sparsity (%)", ylabel="mean KL (nats)")
         lower.set(xlabel="dense bytes / sparse bytes, one token", ylabel="mean KL (nats)")
         for axis in (upper, lower):
@@ -55,16 +71,17 @@ def main() -> int:
     return 0
 
 
-def _series(rows: list[dict[str, str]]) -> dict[str, list[dict[str, str]]]:
-    """Rows of the lower plots by their label."""
-    found: dict[str, list[dict[str, str]]] = {}
-    for score in ("gate", "moments-routed"):
-        found[f"{score}, no pairs skipped"] = [r for r in rows if r["experiment"] == "score" and r["score"] == score]
-    for row in rows:
-        joint = row["experiment"] in ("joint-kl", "joint-bytes") and row["batch"] == "1"
-        if joint and row["score"] == "moments-routed" and row["budget"] == "uniform":
-            found.setdefault(f"moments-routed, {float(row['skip_pairs_asked']):.0%} asked", []).append(row)
-    return {name: found[name] for name in [*list(found)[:2], *sorted(list(found)[2:])] if found[name]}
+def _points(
+    rows: list[dict[str, str]], experiments: tuple[str, ...], score: str, budget: str, axis: str
+) -> list[tuple[float, float]]:
+    """(value of the column ``axis``, mean KL) of the rows that match, one token at a time; ascending."""
+    return sorted(
+        (float(row[axis]), float(row["kl_mean"]))
+        for row in rows
+        if row["experiment"] in experiments
+        and (row["score"], row["budget"]) == (score, budget)
+        and row["batch"] in ("", "1")
+    )
 
 
 if __name__ == "__main__":

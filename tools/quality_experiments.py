@@ -294,7 +294,7 @@ def main() -> int:
         halves = b"\n".join(corpus.read_split("calibration")), b"\n".join(corpus.read_split("held-out"))
     windows = sequences(halves[0], arguments.learn_tokens * 5 // 4)
     learning = [window for i, window in enumerate(windows) if i % 5 != 2]
-    validation = spread_sequences(windows[2::5], max(6144, arguments.tokens // 2))
+    validation = spread_sequences(windows[2::5], max(4096, arguments.tokens // 2))
     held_out = sequences(halves[1], arguments.tokens)
     arguments.out.mkdir(parents=True, exist_ok=True)
     for path in arguments.checkpoints:

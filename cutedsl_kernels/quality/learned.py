@@ -26,10 +26,12 @@ from .scores import SCORES
 from .search import Scored, spread_sequences
 
 ANCHORS = (0.5, 0.7, 0.8, 0.9, 0.95)  # average sparsities trained for, in turn
-STEPS = 200
+STEPS = 120
 BATCH_TOKENS = 2048
 START_TOKENS = 8192  # for the moments and thresholds that training starts from
-LEARNING_RATE = 0.05  # of log tau, each step
+LEARNING_RATE = 0.03  # of log c, for a neuron whose keeping is worth twice its price
+LARGEST_STEP = 3.0  # times the learning rate
+MEMORY = 0.95  # of the running mean of densities, each step
 SOFTNESS = 0.5  # width of the sigmoid, in units of log(score)
 FARTHEST = 3.0  # no weight moves further than exp(3) from where it started
 CACHE_BYTES = 1 << 30  # dense predictions kept between steps, at most
@@ -58,7 +60,9 @@ class Learned:
 
 @dataclass
 class _Trained:
-    """A layer in training: where log c starts, its change, log tau by anchor, and the active share of the last pass."""
+    """A layer in training: where log c starts, its change, log tau by anchor; of the last pass the active share, and
+    its derivatives by log c (``density`` [E, I]); their running mean.
+    """
 
     layer: Layer
     router_weighted: bool
@@ -66,7 +70,14 @@ class _Trained:
     change: torch.Tensor
     log_tau: torch.Tensor
     anchor: int = 0
-    active: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
+    active: float = 0.0
+    density: torch.Tensor = field(init=False)
+    usual: torch.Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.steps = 0
+        self.density, self.usual = torch.zeros_like(self.start), torch.zeros_like(self.start)
+        self.mean_change, self.mean_log_tau = self.change.detach().clone(), self.log_tau.detach().clone()
 
     def forward(self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
         """As Layer.forward, in the weights' dtype, differentiable by ``change`` and ``log_tau``."""
@@ -74,7 +85,8 @@ class _Trained:
         result = torch.zeros(hidden_states.shape, dtype=torch.float32, device=hidden_states.device)
         flat = topk_ids.flatten()
         order = torch.argsort(flat, stable=True)
-        start, active = 0, torch.zeros((), device=hidden_states.device)
+        start, active, events = 0, torch.zeros((), device=hidden_states.device), flat.numel() * inter
+        self.density.zero_()
         for e, count in enumerate(torch.bincount(flat, minlength=weights.num_experts).tolist()):
             chosen = order[start : start + count]
             start += count
@@ -88,11 +100,36 @@ class _Trained:
             distance = score.log() + self.start[e] + self.change[e] - self.log_tau[self.anchor]
             soft = torch.sigmoid(distance / SOFTNESS)
             mask = (distance >= 0).float() + soft - soft.detach()
-            active = active + mask.sum()
+            active += (distance >= 0).sum()
+            kept = soft.detach()
+            self.density[e] = (kept * (1 - kept)).sum(0) / (SOFTNESS * events)
             h = (a * u * mask).to(weights.w2_rows.dtype)
             result = result.index_add(0, token, (h @ weights.w2_rows[e]).float() * r)
-        self.active = active / (flat.numel() * inter)
+        self.active = float(active) / events
         return result.to(hidden_states.dtype)
+
+    @torch.no_grad()
+    def step(self, rate: float, price: float, shift: float, share: float) -> None:
+        """One step down the loss whose gradients are held, the active share costing ``price`` in every neuron; log tau
+        also moves by ``shift``. ``share``: weight of the result in the running means.
+
+        A neuron moves by how far its worth for its price lies from 1, drawn towards no move where it is seldom near its
+        threshold.
+        """
+        self.steps += 1
+        self.usual.mul_(MEMORY).add_(self.density, alpha=1 - MEMORY)
+        scale = price * (self.usual + self.usual.mean() + 1e-20) / (1 - MEMORY**self.steps)
+        if self.change.grad is not None and self.log_tau.grad is not None:
+            move = -(self.change.grad + price * self.density) / scale
+            self.change += rate * move.clamp(-LARGEST_STEP, LARGEST_STEP)
+            total = self.density.sum()
+            gain = -(self.log_tau.grad[self.anchor] - price * total) / (price * total + 1e-20)
+            self.log_tau[self.anchor] += rate * gain.clamp(-LARGEST_STEP, LARGEST_STEP)
+            self.change.grad = self.log_tau.grad = None
+        self.log_tau[self.anchor] += shift
+        self.change.clamp_(-FARTHEST, FARTHEST)
+        self.mean_change.lerp_(self.change, share)
+        self.mean_log_tau.lerp_(self.log_tau, share)
 
 
 def learn_thresholds(
@@ -119,8 +156,6 @@ def learn_thresholds(
     text = spread_sequences(sequences, START_TOKENS)
     begin = Scored.record(model, text, SCORES["moments-routed" if router_weighted else "moments"])
     training = _prepare(model, begin, router_weighted, anchors)
-    changes, taus = [t.change for t in training.values()], [t.log_tau for t in training.values()]
-    optimizer = torch.optim.Adam([*changes, *taus], lr=LEARNING_RATE, betas=(0.9, 0.98))
     first: dict[int, float] = {}
     price: dict[int, float] = {}
     dense = _Dense(model, batches)
@@ -133,27 +168,21 @@ def learn_thresholds(
             turns = turns or torch.randperm(len(anchors), generator=generator).tolist()
             index, anchor = order.pop(), turns.pop()
             kept = 1 - anchors[anchor]
-            for group in optimizer.param_groups:
-                group["lr"] = LEARNING_RATE * min(1.0, 2 * (steps - step) / steps)
+            rate = LEARNING_RATE * min(1.0, 2 * (steps - step) / steps)
             expected = dense(index)
             for trained in training.values():
                 trained.anchor, trained.layer.override = anchor, trained.forward
             with torch.enable_grad():
                 logits = model.model(input_ids=batches[index].to(model.device), use_cache=False).logits
                 kl = kl_to_dense(expected, torch.log_softmax(logits.float(), dim=-1)).mean()
-                share = torch.stack([trained.active for trained in training.values()]).mean() / kept
                 loss = kl / first.setdefault(anchor, max(kl.item(), 1e-9))
-                if anchor not in price:
-                    price[anchor] = _price(loss, share, changes)
-                (loss + price[anchor] * share).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            excess = share.item() - 1
-            price[anchor] *= math.exp(min(0.5, max(-0.5, 0.3 * excess)))
-            with torch.no_grad():
-                for trained in training.values():
-                    trained.log_tau[anchor] += min(0.5, max(-0.5, 0.5 * excess))
-                    trained.change.clamp_(-FARTHEST, FARTHEST)
+                loss.backward()
+            excess = sum(trained.active for trained in training.values()) / len(training) / kept - 1
+            if anchor not in price:
+                price[anchor] = _price(list(training.values()), kept)
+            for trained in training.values():
+                trained.step(rate, price[anchor] / (kept * len(training)), 0.5 * _within(excess, 1.0), 2 / (step + 2))
+            price[anchor] *= math.exp(0.3 * _within(excess, 1.5))
             losses.append(loss.item())
             for trained in training.values():
                 trained.layer.override = None
@@ -161,11 +190,9 @@ def learn_thresholds(
     finally:
         for layer in model.layers.values():
             layer.override = None
-    weights: dict[str, torch.Tensor | None] = {
-        name: (t.start + t.change.detach()).exp() for name, t in training.items()
-    }
+    weights: dict[str, torch.Tensor | None] = {name: (t.start + t.mean_change).exp() for name, t in training.items()}
     scored = Scored.with_weights(model, text, weights, router_weighted=router_weighted, capped=True)
-    log_tau = {name: t.log_tau.detach().cpu().tolist() for name, t in training.items()}
+    log_tau = {name: t.mean_log_tau.cpu().tolist() for name, t in training.items()}
     return Learned(scored, _budget(scored, log_tau, anchors), losses)
 
 
@@ -184,13 +211,19 @@ def _prepare(model: MoEModel, begin: Scored, router_weighted: bool, anchors: Seq
     return found
 
 
-def _price(loss: torch.Tensor, share: torch.Tensor, parameters: list[torch.Tensor]) -> float:
-    """The multiplier of the active share that best cancels its gradient against the loss's."""
-    of_loss = torch.autograd.grad(loss, parameters, retain_graph=True)
-    of_share = torch.autograd.grad(share, parameters, retain_graph=True)
-    cross = sum(float((x * y).sum()) for x, y in zip(of_loss, of_share, strict=True))
-    square = sum(float(y.square().sum()) for y in of_share)
-    return max(1e-3, -cross / square) if square else 1e-3
+def _price(training: Sequence[_Trained], kept: float) -> float:
+    """The price of the active share (over ``kept``) that best cancels its gradient against the loss's."""
+    cross = square = 0.0
+    for trained in training:
+        if trained.change.grad is not None:
+            density = trained.density / (kept * len(training))
+            cross -= float((trained.change.grad * density).sum())
+            square += float(density.square().sum())
+    return max(1e-3, cross / square) if square else 1e-3
+
+
+def _within(value: float, limit: float) -> float:
+    return min(limit, max(-limit, value))
 
 
 class _Dense:
