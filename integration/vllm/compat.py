@@ -73,6 +73,71 @@ def method_base_class() -> type:
     return FusedMoEMethodBase
 
 
+# All-to-all back ends whose prepare hands tokens over as [M, K] rows with global expert ids, in vLLM's spelling of both
+# ends of the range. deepep_low_latency, pplx and nixl_ep hand over [E, tokens, K]; moonep wants the weights in a layout
+# of its own; mori is for ROCm, where no kernel of this package runs.
+STANDARD_FORMAT_BACK_ENDS = (
+    "allgather_reducescatter",
+    "naive",
+    "deepep_high_throughput",
+    "deepep_v2",
+    "flashinfer_all2allv",
+    "flashinfer_nvlink_two_sided",
+    "flashinfer_nvlink_one_sided",
+)
+
+
+def is_dispatched(parallel: Any) -> bool:
+    """Whether a layer runs inside a modular kernel: under data parallelism, or with sequences cut over ranks."""
+    return bool(parallel.use_all2all_kernels or parallel.dp_size > 1)
+
+
+def why_not_dispatched(parallel: Any) -> str | None:
+    """Why the all-to-all back end in use cannot bring tokens to this package's experts, or None."""
+    back_end = parallel.all2all_backend
+    used = parallel.use_all2all_kernels or back_end == "passthrough"  # which dispatches by itself everywhere
+    if not used or back_end in STANDARD_FORMAT_BACK_ENDS:
+        return None
+    known = ", ".join(STANDARD_FORMAT_BACK_ENDS)
+    return f"the all-to-all back end {back_end} does not hand over tokens as rows [M, K] (supported: {known})"
+
+
+def modular_kernel(layer: Any, quant_config: Any, experts: Any) -> Any:
+    """vLLM's kernel around ``experts``, with prepare and finalize for the layer's all-to-all back end. Collective: all
+    ranks make theirs.
+    """
+    from vllm.model_executor.layers.fused_moe.all2all_utils import maybe_make_prepare_finalize
+    from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEKernel
+
+    prepare_finalize = maybe_make_prepare_finalize(
+        moe=layer.moe_config,
+        quant_config=quant_config,
+        routing_tables=layer._expert_routing_tables(),
+        allow_new_interface=True,
+        use_monolithic=False,
+    )
+    return FusedMoEKernel(prepare_finalize, experts)
+
+
+def experts_base_class() -> type:
+    from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEExpertsModular
+
+    return FusedMoEExpertsModular
+
+
+def standard_format() -> Any:
+    from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEActivationFormat
+
+    return FusedMoEActivationFormat.Standard
+
+
+def already_reduced() -> Any:
+    """What tells finalize that rows are weighted and summed over a token's experts."""
+    from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
+
+    return TopKWeightAndReduceNoOP()
+
+
 def empty_quant_config() -> Any:
     from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
 
@@ -87,6 +152,11 @@ def activation_of(layer: Any) -> tuple[str, bool] | None:
 def activation_name(layer: Any) -> str:
     activation = layer.activation
     return str(getattr(activation, "value", activation))
+
+
+def supports_activation(activation: Any) -> bool:
+    """Whether vLLM's ``activation`` (its enum) is one of ours."""
+    return getattr(activation, "value", activation) in _ACTIVATIONS
 
 
 def layer_by_name(layer_name: str) -> Any:

@@ -8,6 +8,7 @@ import torch
 
 from ...errors import UserError
 from ...moe import sparse_moe
+from ...plan import Plan
 from ...weights import SUPPORTED_DTYPES, ExpertWeights
 from . import compat
 from .dense import dense_runs, run_dense
@@ -31,11 +32,7 @@ def why_unsupported(layer: Any) -> str | None:
         return "SwiGLU with a clamp is not supported"
     if moe.in_dtype not in ((torch.bfloat16,) if compat.is_cuda() else SUPPORTED_DTYPES):
         return f"activations of type {str(moe.in_dtype).removeprefix('torch.')} are not supported"
-    if getattr(moe.moe_parallel_config, "use_all2all_kernels", False) and moe.moe_parallel_config.dp_size > 1:
-        backend = getattr(moe.moe_parallel_config, "all2all_backend", "")
-        if backend not in ("allgather_reducescatter", "naive", ""):
-            return f"the all-to-all back end {backend} is not supported (allgather_reducescatter is)"
-    return None
+    return compat.why_not_dispatched(moe.moe_parallel_config)
 
 
 class IntraExpertSparseMethod(compat.method_base_class()):  # type: ignore[misc]
@@ -57,7 +54,7 @@ class IntraExpertSparseMethod(compat.method_base_class()):  # type: ignore[misc]
         return compat.empty_quant_config()
 
     def maybe_make_prepare_finalize(self, routing_tables: Any = None) -> None:
-        """vLLM 0.26: no modular kernel; the runner gathers and scatters the tokens of data-parallel ranks itself."""
+        """vLLM 0.26 asks layers that have no modular kernel of their own; ours have made it where they need one."""
         return None
 
     def process_weights_after_loading(self, layer: Any) -> None:
@@ -73,12 +70,13 @@ class IntraExpertSparseMethod(compat.method_base_class()):  # type: ignore[misc]
         )
         layer.w2_weight = torch.nn.Parameter(weights.w2_rows, requires_grad=False)
         parallel = self.moe.moe_parallel_config
+        dispatched = compat.is_dispatched(parallel)
         state = LayerState(
             name=self.prefix,
             weights=weights,
             top_k=self.moe.experts_per_token,
             activation=activation,
-            router_weight_on_input=bool(layer.apply_router_weight_on_input),
+            router_weight_on_input=bool(layer.apply_router_weight_on_input) and not dispatched,  # see modular.py
             tau=torch.zeros(1, 1, dtype=torch.float32, device=weights.device),
             tp_size=parallel.tp_size,
             tp_rank=parallel.tp_rank,
@@ -96,6 +94,12 @@ class IntraExpertSparseMethod(compat.method_base_class()):  # type: ignore[misc]
         if weights.device.type == "cuda":
             state.choose_plans(layer.expert_map)
         setattr(layer, STATE, state)
+        if dispatched:
+            from .modular import IntraExpertSparseExperts
+
+            self.moe_quant_config = self.get_fused_moe_quant_config(layer)
+            experts = IntraExpertSparseExperts(layer, self.moe_quant_config)
+            self.moe_kernel = compat.modular_kernel(layer, self.moe_quant_config, experts)
         self.config.loaded(self.prefix, state)
 
     def apply(
@@ -108,8 +112,22 @@ class IntraExpertSparseMethod(compat.method_base_class()):  # type: ignore[misc]
         shared_experts_input: Any = None,
     ) -> torch.Tensor:
         """x [T, H]; topk_weights fp32 and topk_ids int [T, k], global ids. The weighted sum over this rank's experts
-        [T, H].
+        [T, H]; under data parallelism, over all ranks' experts.
         """
+        if self.moe_kernel is not None:
+            return self.moe_kernel.apply(
+                hidden_states=x,
+                w1=layer.w13_weight,
+                w2=layer.w2_weight,
+                topk_weights=topk_weights,
+                topk_ids=topk_ids,
+                activation=layer.activation,
+                global_num_experts=layer.global_num_experts,
+                expert_map=layer.expert_map,
+                apply_router_weight_on_input=layer.apply_router_weight_on_input,
+                shared_experts=shared_experts,
+                shared_experts_input=shared_experts_input,
+            )
         return torch.ops.cutedsl_kernels.routed_experts(x, topk_weights, topk_ids, self.prefix)
 
 
@@ -120,17 +138,38 @@ def _data(layer: Any, name: str) -> torch.Tensor | None:
 
 def run_layer(layer: Any, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
     """What the custom op does once it knows its layer."""
+    watch(layer, x, topk_weights, topk_ids, layer.expert_map)
+    return compute(layer, x, topk_weights, topk_ids, layer.expert_map)
+
+
+def watch(
+    layer: Any, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, expert_map: torch.Tensor | None
+) -> None:
+    """Feeds a batch to whatever records or counts."""
     state: LayerState = getattr(layer, STATE)
-    expert_map = layer.expert_map
     state.observe(x, topk_weights, topk_ids, expert_map)
     stats = layer.quant_method.config.stats
     if stats is not None:
         stats.sample(state, x, topk_weights, topk_ids, expert_map)
+
+
+def compute(
+    layer: Any,
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    expert_map: torch.Tensor | None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The weighted sum over this rank's experts [T, H], by the plan for T tokens; written to ``out`` if given."""
+    state: LayerState = getattr(layer, STATE)
     plan = None
     if x.device.type == "cuda" and x.shape[0] > 0:
-        plan = state.plan(x.shape[0])
+        # Kernels are compiled for the layer's k; DeepEP may hand over one row for each pair instead.
+        plan = state.plan(x.shape[0]) if topk_ids.shape[1] == state.top_k else Plan("dense")
         if plan.kind == "dense" and not (state.exact and state.sparsity > 0) and dense_runs(state):
-            return run_dense(state, x, topk_weights, topk_ids, expert_map, layer.global_num_experts)
+            found = run_dense(state, x, topk_weights, topk_ids, expert_map, layer.global_num_experts)
+            return found if out is None else out.copy_(found)
     return sparse_moe(
         x,
         state.weights,
@@ -143,6 +182,7 @@ def run_layer(layer: Any, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids:
         expert_map=expert_map,
         apply_router_weight_on_input=state.router_weight_on_input,
         plan=plan,
+        out=out,
     )
 
 

@@ -33,13 +33,26 @@ register()
 register()
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_quantization_config
 assert QUANTIZATION_METHODS.count("intra_expert_sparse") == 1
-from cutedsl_kernels.integration.vllm import config, dense, method, worker
+from cutedsl_kernels.integration.vllm import config, dense, method, modular, worker
 assert get_quantization_config("intra_expert_sparse") is config.IntraExpertSparseConfig
 assert issubclass(method.IntraExpertSparseMethod, compat.method_base_class())
 assert not method.IntraExpertSparseMethod.__abstractmethods__
 assert not config.IntraExpertSparseConfig.__abstractmethods__
 compat.empty_quant_config()
 compat.routed_experts_class()
+assert not modular.IntraExpertSparseExperts.__abstractmethods__
+from vllm.model_executor.layers.fused_moe import all2all_utils, modular_kernel, routed_experts
+inspect.signature(all2all_utils.maybe_make_prepare_finalize).bind(
+    moe=0, quant_config=0, routing_tables=None, allow_new_interface=True, use_monolithic=False)
+names = list(inspect.signature(compat.experts_base_class().apply).parameters)[1:]
+inspect.signature(modular.IntraExpertSparseExperts.apply).bind(None, **dict.fromkeys(names))
+inspect.signature(modular.IntraExpertSparseExperts.workspace_shapes).bind(None, *range(8))
+inspect.signature(modular_kernel.FusedMoEKernel.apply).bind(None, hidden_states=0, w1=0, w2=0, topk_weights=0,
+    topk_ids=0, activation=0, global_num_experts=0, expert_map=None, apply_router_weight_on_input=False,
+    shared_experts=None, shared_experts_input=None)
+assert hasattr(routed_experts.RoutedExperts, "_expert_routing_tables")
+assert compat.standard_format().name == "Standard"
+compat.already_reduced()
 inspect.signature(compat.stock_method_class().create_weights).bind(None, None, 1, 2, 3, None)
 inspect.signature(compat.method_base_class().apply).bind(
     None, layer=0, x=0, topk_weights=0, topk_ids=0, shared_experts=0, shared_experts_input=0)
