@@ -153,7 +153,9 @@ class Scored:
     def record(
         cls, model: MoEModel, sequences: Sequences, score: Score, moments: Mapping[str, UpMoments] | None = None
     ) -> Scored:
-        """``moments`` are recorded here if the score needs them and they are not given."""
+        """``moments`` are recorded here if the score needs them and they are not given. Not for learned scores."""
+        if score.weight == "learned":
+            raise ValueError(f"score {score.name} has no recorded weights: learn_thresholds gives a Scored")
         if score.calibrated and moments is None:
             moments = record_moments(model, sequences)
         weights: dict[str, torch.Tensor | None] = {}

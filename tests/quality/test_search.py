@@ -66,6 +66,8 @@ def test_every_score_realises_its_sparsity_and_the_oracle_is_best(seed: int) -> 
     moments = record_moments(model, sequences)
     errors = {}
     for name, score in SCORES.items():
+        if score.weight == "learned":  # not recorded: tests of learned.py
+            continue
         scored = Scored.record(model, sequences, score, moments)
         errors[name] = evaluator.quality(scored.rules(0.6)).kl_mean
         assert evaluator.realised()[0] == pytest.approx(0.6, abs=0.03), name
@@ -172,3 +174,8 @@ def test_expected_bytes_and_their_inverse(batch: int) -> None:
             assert sparsity_for_bytes(share, wanted) == pytest.approx(0.85)
     assert expected_bytes(shape, 64, 0.0, 0.85) > expected_bytes(shape, 1, 0.0, 0.85)
     assert sparsity_for_expected_bytes(shape, batch, 0.0, 0.2) is None  # the gate alone is a third
+
+
+def test_learned_weights_are_not_recorded(seed: int) -> None:
+    with pytest.raises(ValueError, match="learn_thresholds gives a Scored"):
+        Scored.record(small_model(seed), texts(seed, 2), SCORES["learned-routed"])
