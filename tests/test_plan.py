@@ -28,6 +28,8 @@ H200 = Gpu(driver="580.95.05")
 
 @pytest.fixture(autouse=True)
 def tuned_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The user's folder, empty; no table is shipped."""
+    monkeypatch.setattr("cutedsl_kernels.tuned_table.SHIPPED_DIR", tmp_path / "nothing")
     monkeypatch.setenv("CUTEDSL_KERNELS_TUNED_DIR", str(tmp_path))
     forget_plans()
     yield tmp_path
