@@ -38,7 +38,7 @@ ARCHITECTURES = (
     Architecture(
         "gpt-oss",
         "gpt-oss, bf16 weights",
-        note="clamped SwiGLU and biases; mxfp4 checkpoints run vLLM's own method",
+        note="clamped SwiGLU and biases; on a GPU, and for mxfp4 checkpoints, vLLM's own method runs",
     ),
     Architecture(
         "deepseek-v2",
