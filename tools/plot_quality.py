@@ -36,7 +36,7 @@ def main() -> int:
     import matplotlib.pyplot as plt
 
     count = len(arguments.files)
-    figure, axes = plt.subplots(2, count, figsize=(5 * count, 8), constrained_layout=True, squeeze=False)
+    figure, axes = plt.subplots(2, count, figsize=(4 * count + 3, 8), constrained_layout=True, squeeze=False)
     for column, path in enumerate(arguments.files):
         with path.open(newline="") as file:
             rows = list(csv.DictReader(file))
@@ -54,7 +54,8 @@ def main() -> int:
         for (score, budget), color in zip(COMPARED, ("C2", "C3"), strict=True):
             alone = _points(rows, ("score", "budget"), score, budget, GAIN)
             lower.plot(*zip(*alone, strict=True), "o-", c=color, ms=4, label=f"{score}, no pairs skipped")
-            joint = _points(rows, ("joint-kl", "joint-bytes"), score, budget, GAIN)
+            skipping = [row for row in rows if float(row["skip_pairs_asked"] or 0) > 0]
+            joint = _points(skipping, ("joint-kl", "joint-bytes"), score, budget, GAIN)
             lower.plot(*zip(*joint, strict=True), "s", c=color, ms=5, mfc="none", label=f"{score}, pairs skipped")
         bar = next((float(row["kl_mean"]) for row in rows if row["experiment"] == "joint-kl-bar"), None)
         if bar is not None:
@@ -64,7 +65,8 @@ def main() -> int:
         for axis in (upper, lower):
             axis.set_yscale("log")
             axis.grid(alpha=0.3)
-            axis.legend(fontsize=7)
+            if column == count - 1:
+                axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(arguments.out, dpi=110)
     print(arguments.out)
