@@ -43,6 +43,7 @@ class IntraExpertSparseConfig(QuantizationConfig):
         self.model = ""
         self.options = Options()
         self.profile: SparsityProfile | None = None
+        self.no_profile = ""  # why there is none, for a quantized checkpoint: it needs one only if a layer can use it
         self.neurons: dict[str, NeuronParts] = {}
         self.target = 0.0
         self.expected: list[str] = []  # layers that will use this method
@@ -87,6 +88,13 @@ class IntraExpertSparseConfig(QuantizationConfig):
             self.options = Options.collect({**self.overrides, **(getattr(hf_config, OVERRIDES_KEY, None) or {})})
             if self.options.without_profile:
                 return
+            try:
+                find_profile(self.options, model_name)
+            except UserError as error:
+                if self.inner is None:
+                    raise
+                self.no_profile = str(error)
+                return
             self.profile = load_profile(self.options, model_name, hf_config)
             self.target = choose_target(self.options, self.profile)
             self.neurons = load_parts(self.profile, find_profile(self.options, model_name))
@@ -118,6 +126,8 @@ class IntraExpertSparseConfig(QuantizationConfig):
                 f"blocks, and {METHOD_NAME} keeps them re-laid; switch it off"
             )
         reason = why_unsupported(layer)
+        if reason is None and self.no_profile:
+            raise MethodError(self.no_profile)
         if reason is None and self.profile is not None and prefix not in self.profile.layers:
             if not _is_draft(prefix):
                 first = next(iter(self.profile.layers))
