@@ -71,13 +71,31 @@ ARCHITECTURES = (
 OPTIONS = (
     ("tensor parallel", "sparse; neurons are cut over the ranks", "test_two_ranks_equal_one[tp2]"),
     ("expert parallel", "sparse; linear and round-robin placement", "test_two_ranks_equal_one[ep2], test_ranks_add_up"),
+    (
+        "data parallel with expert parallel",
+        "sparse, in vLLM's modular kernel; Llama-4's weight on the input too",
+        "test_two_data_parallel_ranks_equal_one",
+    ),
     ("torch.compile", "sparse; one opaque operator", "test_compiled_engine_equals_eager"),
     ("prefix caching, n-gram speculation", "sparse, same tokens", "test_answers_keep_coming"),
     ("chunked prefill, mixed batches", "sparse, same tokens", "test_random_batches_of_random_lengths"),
     ("LoRA", "vLLM's own method: adapters may reach the experts", "test_lora_switched_on"),
-    ("fp8, awq, gptq, mxfp4 checkpoints", "vLLM's own method for those layers", "test_quantized_experts"),
+    (
+        "fp8, awq, gptq, mxfp4 checkpoints",
+        "vLLM's own method for layers with quantized experts, sparse for others; run with fp8",
+        "test_quantized_experts_run_as_in_stock_vllm, test_layers_that_are_not_quantized_run_sparse",
+    ),
     ("expert load balancing (EPLB)", "refused", "test_expert_load_balancing_is_refused"),
-    ("DeepEP and other all-to-all back ends", "vLLM's own method", "test_unsupported_layers_fall_back"),
+    (
+        "all-to-all by DeepEP (high throughput, v2) or FlashInfer (NVLink)",
+        "sparse; run on the CPU with a stand-in for the exchange, not on GPUs",
+        "test_two_ranks_that_exchange_tokens_add_up",
+    ),
+    (
+        "all-to-all by DeepEP (low latency), NIXL, MoonEP, MoRI",
+        "vLLM's own method",
+        "test_back_ends_that_hand_over_rows_are_taken, test_unsupported_layers_fall_back",
+    ),
 )
 
 

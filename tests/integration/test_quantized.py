@@ -135,3 +135,19 @@ def test_without_a_kernel_for_the_format_the_error_is_vllms(
             engine(folder, dense=True, dtype="bfloat16", **options)
         found.append(str(caught.value))
     assert found[0] == found[1]
+
+
+def test_a_profile_is_asked_for_once_a_layer_could_use_it(tmp_path: Path) -> None:
+    from cutedsl_kernels.integration.vllm.config import IntraExpertSparseConfig, MethodError
+    from test_fallback import PREFIX, InnerConfig, fake_layer
+
+    chosen = IntraExpertSparseConfig(inner=InnerConfig(object()))
+    chosen.maybe_update_config(str(tmp_path), hf_config={})
+    chosen.get_quant_method(fake_layer(), PREFIX)
+    assert "mxfp4" in chosen.fallbacks[PREFIX]
+    chosen.inner = InnerConfig(None)  # which leaves this layer's experts alone
+    with pytest.raises(MethodError, match="cutedsl-kernels calibrate"):
+        chosen.get_quant_method(fake_layer(), PREFIX)
+    broken = IntraExpertSparseConfig({"sparsity_stats": "perhaps"}, inner=InnerConfig(object()))
+    with pytest.raises(MethodError, match="sparsity_stats"):
+        broken.maybe_update_config(str(tmp_path), hf_config={})
