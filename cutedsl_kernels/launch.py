@@ -57,8 +57,8 @@ def sparse_moe_cuda(
     """sparse_moe for validated CUDA tensors; bf16 only.
 
     plan None: plan_for at ASSUMED_SPARSITY (0 for the threshold 0.0), dense where no kernel can run the layer and for
-    experts with biases, staged under torch.use_deterministic_algorithms. A plan that cannot run is a ValueError that says why. NotWarm while a
-    graph is captured without a warm-up.
+    experts with biases, staged under torch.use_deterministic_algorithms. A plan that cannot run is a ValueError that
+    says why. NotWarm while a graph is captured without a warm-up.
     """
     if hidden_states.dtype != torch.bfloat16:
         raise TypeError(f"weights and hidden_states must be bfloat16 on a CUDA device, got {hidden_states.dtype}")

@@ -9,6 +9,7 @@ from ..configs import FusedConfig, Plan
 from ..cost_model import Gpu
 from ..plan import plan_for
 from ..shapes import KNOWN_MODELS, KnownModel, MoEShape
+from ..tuned_table import find_table
 from .specs import KernelSpec, plan_spec
 
 TOKENS = (1, 8, 32, 128, 512)
@@ -24,8 +25,11 @@ def known_shapes() -> Iterator[tuple[str, MoEShape, KnownModel]]:
 
 
 def default_plans(shape: MoEShape, activation: str) -> list[Plan]:
-    """Every plan with a kernel that plan_for chooses on an H200 for some of TOKENS and SPARSITIES."""
+    """Every plan with a kernel that plan_for chooses on an H200 for some of TOKENS and SPARSITIES, or that is tuned."""
     plans = {plan_for(shape, tokens, s, Gpu(), 0.0, activation) for tokens in TOKENS for s in SPARSITIES}
+    table = find_table(shape, Gpu())
+    if table is not None:
+        plans |= {entry.chosen for entry in table.entries}
     return sorted((plan for plan in plans if plan.config is not None), key=str)
 
 
