@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from ..integration.vllm.calibrate import LearnedParts
 
 MINIMUM_TOKENS = 1024
+AUTO_WITHOUT_LEARNING = "moments-routed"  # what --score auto is where thresholds cannot be learned
+SHARE_OF_GPU = 0.4  # of its free memory that a checkpoint may take to be learned from: down rows are there twice
 LARGEST_ON_CPU = 100_000_000  # bytes of a checkpoint that --score auto learns from without a GPU: minutes
 
 
@@ -112,15 +115,19 @@ def calibrate(
     limit = min(max_len + 1, longest) if isinstance(longest, int) else max_len + 1
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     console = Console(stderr=True)
-    if score == "auto":
+    learned, auto = None, score == "auto"
+    if auto:
         score, reason = learnable(model)
         console.print(f"score {score}: {reason}")
+    if SCORES[score].weight == "learned":
+
+        def learn() -> LearnedParts:
+            return _learn(model, words, score, learn_steps, max_tokens, min(max_len, limit - 1), console)
+
+        score, learned = _learn_or_give_up(score, learn, auto and budget != "learned", console.print)
     if budget is None:  # a layer cannot be less sparse than its share of skipped pairs
         measured = "learned" if SCORES[score].weight == "learned" else "fisher"
         budget = measured if share in (0, "auto") else "uniform"
-    learned = None
-    if SCORES[score].weight == "learned":
-        learned = _learn(model, words, score, learn_steps, max_tokens, min(max_len, limit - 1), console)
     with console.status(f"starting vLLM with {model}"):
         engine = SparseEngine(
             model,
@@ -171,12 +178,32 @@ def calibrate(
         print(f"{out.with_name(profile.neurons.file)}: per-neuron parts, {profile.neurons.size} bytes; keep it there")
 
 
+def _learn_or_give_up(
+    score: str, learn: Callable[[], LearnedParts], auto: bool, say: Callable[[str], Any]
+) -> tuple[str, LearnedParts | None]:
+    """(score, parts). If ``learn`` fails: the error where the score was asked for, else a line and another score."""
+    import gc
+
+    import torch
+
+    learned = None
+    try:
+        learned = learn()
+    except Exception as error:  # a model that transformers opens in another way, or not in this memory
+        if not auto:
+            raise
+        score = AUTO_WITHOUT_LEARNING
+        say(f"score {score}: learning failed ({type(error).__name__}: {' '.join(str(error).split())[:200]})")
+    gc.collect()  # the model must be gone before the engine starts
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return score, learned
+
+
 def _learn(
     model: str, words: str, score: str, steps: int, max_tokens: int, max_len: int, console: Console
 ) -> LearnedParts:
-    """Trains thresholds in plain torch, and frees the model before the engine starts."""
-    import gc
-
+    """Trains thresholds in plain torch."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import torch
     from rich.progress import Progress
@@ -202,32 +229,28 @@ def _learn(
             steps=steps,
             progress=lambda done: progress.advance(task, done),
         )
-        parts = LearnedParts(found.factors(opened.layers), found.budget)
-    del opened, found
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return parts
+        return LearnedParts(found.factors(opened.layers), found.budget)
 
 
 def learnable(model: str) -> tuple[str, str]:
     """(score, reason): what --score auto is for this model.
 
     Learning opens the whole checkpoint through transformers on one device, with room for activations: its files may
-    take 60 % of the free memory of the GPU, or without one LARGEST_ON_CPU bytes.
+    take SHARE_OF_GPU of the free memory of the GPU, or without one LARGEST_ON_CPU bytes.
     """
     import torch
 
     folder = Path(model)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors")) if folder.is_dir() else 0
     if not size:
-        return "moments-routed", f"{model} is no folder with safetensors files; --score learned-routed would open it"
+        return AUTO_WITHOUT_LEARNING, f"{model} is no folder of safetensors; --score learned-routed would open it"
     if torch.cuda.is_available():
-        room, where = int(0.6 * torch.cuda.mem_get_info()[0]), "60 % of the free memory of the GPU"
+        room = int(SHARE_OF_GPU * torch.cuda.mem_get_info()[0])
+        where = f"{SHARE_OF_GPU:.0%} of the free memory of the GPU"
     else:
         room, where = LARGEST_ON_CPU, "the limit for learning on a CPU"
     if size > room:
-        return "moments-routed", f"the checkpoint has {size / 1e9:.2f} GB, {where} is {room / 1e9:.2f} GB"
+        return AUTO_WITHOUT_LEARNING, f"the checkpoint has {size / 1e9:.2f} GB, {where} is {room / 1e9:.2f} GB"
     return "learned-routed", f"the checkpoint has {size / 1e9:.2f} GB, within {where}"
 
 

@@ -11,9 +11,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from cutedsl_kernels.cli import main
+from cutedsl_kernels.cli.calibrate import _learn_or_give_up
 from cutedsl_kernels.cli.recommend import _within_tasks, expected_gains, tuned_gains
 from cutedsl_kernels.configs import Plan
 from cutedsl_kernels.shapes import MoEShape
@@ -62,6 +64,23 @@ def test_one_line(line: str, message: str, tmp_path: Path, capsys: pytest.Captur
     assert ended.value.code == 2
     assert message.format(**places) in error.replace("\n", " ")
     assert "Traceback" not in error
+
+
+def test_auto_goes_on_where_learning_fails() -> None:
+    """A model that transformers opens in another way, or that does not fit, is calibrated all the same."""
+
+    def fails() -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20 GiB")
+
+    said: list[str] = []
+    assert _learn_or_give_up("learned-routed", fails, True, said.append) == ("moments-routed", None)
+    assert said == [
+        "score moments-routed: learning failed (OutOfMemoryError: CUDA out of memory. Tried to allocate 20 GiB)"
+    ]
+    with pytest.raises(torch.OutOfMemoryError):
+        _learn_or_give_up("learned-routed", fails, False, said.append)
+    parts: Any = object()
+    assert _learn_or_give_up("learned-routed", lambda: parts, True, said.append) == ("learned-routed", parts)
 
 
 def test_recommend_says_what_the_tasks_need(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
