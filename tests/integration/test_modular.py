@@ -133,7 +133,8 @@ def exchange(seed: int) -> Any:
             self, output, fused_expert_output, topk_weights, topk_ids, on_input, weight_and_reduce_impl
         ):
             reduced = weight_and_reduce_impl.apply(None, fused_expert_output, topk_weights, topk_ids, on_input)
-            output.zero_().index_copy_(0, self.rows, reduced[: len(self.rows)])
+            rows = reduced[: len(self.rows)].clone()  # in vLLM's output buffer itself where the sizes agree
+            output.zero_().index_copy_(0, self.rows, rows)
 
     return Exchange()
 
