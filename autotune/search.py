@@ -2,7 +2,8 @@
 of which field pay, and time what they rank first; time the best again; keep the simplest of the equally fast.
 
 Bins go through these steps side by side, a wave at a time: what one bin has asked for compiles while others are timed.
-One bin after another, the device waited for the compiler nine tenths of the time (H200, 16 cores, 2026-11-23).
+One bin after another, with inputs built anew for each, a measurement took 0.51 s; so it takes 0.10 s (H200, 16 cores,
+2026-11-23).
 """
 
 from __future__ import annotations
@@ -167,6 +168,8 @@ class Tuner:
         results = {where: dict(self._known.get(where, {})) for where in first}
         self._time_all(first, results, compiler)
         for _ in range(GUIDED_ROUNDS):
+            if time.monotonic() > self._search_deadline:
+                break
             more = {
                 where: guided(self._layer, where, self._timer.gpu, results[where], self._guided_count)
                 for where, plans in first.items()

@@ -67,6 +67,10 @@ class Entry:
     us: float
     tried: tuple[Measurement, ...]
 
+    def is_near(self, sparsity: float, pair_skip: float) -> bool:
+        """Whether the entry says something about these shares: both within REACH."""
+        return abs(self.sparsity - sparsity) <= REACH and abs(self.pair_skip - pair_skip) <= REACH
+
     def to_json(self) -> dict[str, Any]:
         return {
             "num_tokens": self.num_tokens,
@@ -98,8 +102,7 @@ class TunedTable:
             return None
         rows = [entry for entry in self.entries if entry.num_tokens == min(buckets)]
         best = min(rows, key=lambda row: (abs(row.sparsity - sparsity) + abs(row.pair_skip - pair_skip), row.sparsity))
-        near = abs(best.sparsity - sparsity) <= REACH and abs(best.pair_skip - pair_skip) <= REACH
-        return best.chosen if near else None
+        return best.chosen if best.is_near(sparsity, pair_skip) else None
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -140,15 +140,14 @@ def tuned_gains(identity: Any, sparsity: float, skipped_pairs: float) -> dict[in
     """
     from ..environment import gpu_of
     from ..shapes import MoEShape
-    from ..tuned_table import REACH, find_table
+    from ..tuned_table import find_table
 
     shape = MoEShape(identity.num_experts, identity.top_k, identity.hidden_size, identity.intermediate_size)
     table = find_table(shape, gpu_of("cuda"))
     found: dict[int, float] = {}
     for entry in () if table is None else table.entries:
-        near = abs(entry.sparsity - sparsity) <= REACH and abs(entry.pair_skip - skipped_pairs) <= REACH
         dense = [m.us for m in entry.tried if m.plan.kind == "dense" and m.us is not None]
-        if near and dense and entry.num_tokens in BATCHES:
+        if entry.is_near(sparsity, skipped_pairs) and dense and entry.num_tokens in BATCHES:
             gain = round(min(dense) / entry.us, 3)
             found[entry.num_tokens] = min(gain, found.get(entry.num_tokens, gain))
     return found
