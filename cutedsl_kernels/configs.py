@@ -23,6 +23,11 @@ TOKEN_BLOCK = 8  # tokens of one expert that the fused kernel handles at once
 LIST_QUEUE = 4  # compacted tiles between the fused kernel's gate warps and its up/down warps
 
 
+def max_blocks(max_pairs: int, num_experts: int) -> int:
+    """Most blocks of TOKEN_BLOCK pairs of one expert that ``max_pairs`` pairs can make."""
+    return min(max_pairs, num_experts + max_pairs // TOKEN_BLOCK)
+
+
 @dataclass(frozen=True)
 class FusedConfig:
     """How one launch of the fused kernel cuts a layer; the fields are compile-time constants of the kernel.
@@ -62,15 +67,18 @@ class FusedConfig:
         free = self.start_registers * (gate_groups + updown_groups + 1) - PRODUCER_REGISTERS
         units = hidden_size // 32
         gate_units = -(-units // self.gate_warps)
-        # 2026-11-23: at H = 3072 CuTe DSL 4.6.0 and 4.8.1 spill with 152 or 160 for the gate, at H = 4096 the former
-        # with 184; none with 168 and 200. At H = 5120 there are no more than 216, which suffice.
+        # Least numbers that were seen to work, and below how what is left over is shared out so that no default plan
+        # spills, with CuTe DSL 4.6.0 and 4.8.1 (2026-11-27). At H = 4096 the gate needs all there is.
         gate = WORKING_REGISTERS + (24 if 20 <= gate_units <= 32 else 8) + 4 * gate_units
         updown = WORKING_REGISTERS + (12 if self.keep_sums else 4) * -(-units // self.updown_warps)
         gate, updown = -(-gate // 8) * 8, -(-updown // 8) * 8
         if gate_groups * gate + updown_groups * updown > free or max(gate, updown) > 240:
             return None
+        spare = free - gate_groups * gate - updown_groups * updown
+        more = 240 if gate_units >= 32 else 64 if self.tile_neurons > 64 else 32 if gate_units > 16 else 48
+        gate += min(more, spare // gate_groups)
         updown = min(240, (free - gate_groups * gate) // updown_groups // 8 * 8)
-        return gate, updown
+        return min(240, (free - updown_groups * updown) // gate_groups // 8 * 8), updown
 
     def smem_bytes(self, hidden_size: int, num_experts: int = 512) -> int:
         """Shared memory of one CTA, bytes: the two rings and the small buffers."""
@@ -79,7 +87,8 @@ class FusedConfig:
         sums = 4 * TOKEN_BLOCK * (self.gate_warps * self.tile_neurons + self.updown_warps * 8)
         queue = LIST_QUEUE * self.tile_neurons * (4 * TOKEN_BLOCK + 4)
         tokens = 8 * TOKEN_BLOCK * (self.num_threads // 32)
-        return rings + sums + queue + tokens + 2 * self.max_pairs + 4 * (num_experts + 1) + 1024
+        table = 2 * (self.max_pairs + max_blocks(self.max_pairs, num_experts)) + 4 * (num_experts + 1)
+        return rings + sums + queue + tokens + table + 1024
 
 
 @dataclass(frozen=True)

@@ -254,7 +254,11 @@ def set_thresholds(problem: Problem, gen: torch.Generator, sparsity: float) -> N
     """Per-neuron thresholds with about ``sparsity`` of the scores below, none within rounding of its threshold."""
     for trace in expert_traces(problem):
         gate, _ = _gate_up(problem, trace.expert, trace.token, trace.r)
-        reach = GATE_ROUNDING * gate.abs() + 1e-5
+        rounded = gate.abs()
+        if problem.weights.w13_bias is not None:  # a grouped product is rounded before the bias is added
+            bias = problem.weights.w13_bias[trace.expert, : gate.shape[1]].float()
+            rounded = rounded + (gate - bias).abs()
+        reach = GATE_ROUNDING * rounded + 1e-5
         scores = torch.stack([gate_activation(gate + d, problem.activation).abs() for d in (-reach, 0 * reach, reach)])
         if problem.router_weighted:
             scores = scores * trace.r

@@ -29,9 +29,15 @@ def rank_in_warp(predicate: cutlass.Boolean, lane: cutlass.Int32, group: cutlass
 
 
 @cute.jit
-def lowest_lane(votes: cutlass.Uint32) -> cutlass.Int32:
-    """The lowest lane in a mask of lanes; 32 if it is empty."""
-    return I32(cute.arch.popc((votes & (U32(0) - votes)) - 1))
+def rank_in_group(predicates: cute.Tensor, each: cutlass.Constexpr):
+    """rank_in_warp where every lane has ``each`` predicates, in registers, and those of a lane follow one another:
+    (predicates set in the lanes before this one, those set in the warp)."""
+    before, total = I32(0), I32(0)
+    for j in cutlass.range_constexpr(each):
+        in_front, in_warp = rank_in_warp(predicates[j], I32(0), 1)
+        before += in_front
+        total += in_warp
+    return before, total
 
 
 @cute.jit

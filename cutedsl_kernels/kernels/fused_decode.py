@@ -9,8 +9,8 @@ them: tiles of one block mostly stay on one CTA, which then adds to the output o
 One CTA, four roles that run side by side and meet only at mbarriers. Each group of warps takes its own share of the
 registers (setmaxnreg):
 
-* gate producer (1 warp): one bulk copy per row; the tokens' x rows when the block changes, then the tile's gate rows,
-  into the gate ring (``gate_stages`` x ``stage_rows`` rows).
+* gate producer (1 warp): one bulk copy for each of the tile's gate rows, into the gate ring (``gate_stages`` x
+  ``stage_rows`` rows).
 * gate warps: x as B fragments in registers, K split over the warps, mma.m16n8k16 with gate rows as M and 8 tokens as N;
   partial sums meet in shared memory; a = act(g), |a| * r against tau; ballot and prefix sums compact the union of the
   tokens' active neurons into a list, which goes to a short queue with a * r of every (slot, token).
@@ -196,7 +196,7 @@ class FusedDecode(TokenSums):
         complete = smem.allocate_tensor(I32, cute.make_layout((TOKENS,)), 16)
         all_tokens = self.matrix(smem, I32, self.warps, TOKENS)
         all_weights = self.matrix(smem, F32, self.warps, TOKENS)
-        pair_expert, first_block = self.table.allocate(smem)
+        pair_expert, first_block, block_expert = self.table.allocate(smem)
         up_biases = None  # of the neurons in the queue's lists
         if cutlass.const_expr(self.has_bias):
             up_biases = self.matrix(smem, BF16, LIST_QUEUE, self.NT)
@@ -219,38 +219,33 @@ class FusedDecode(TokenSums):
                 cute.arch.mbarrier_init(list_full + s, self.gate_warps * self.warp_arrivals)
                 cute.arch.mbarrier_init(list_empty + s, (self.row_warps + 1) * self.warp_arrivals)
             cute.arch.mbarrier_init_fence()
-        self.table.build(
-            topk_ids, topk_weights, expert_map, pair_threshold, pair_expert, first_block, thread, self.threads
-        )
+        table = (pair_expert, first_block, block_expert)
+        self.table.build(topk_ids, topk_weights, expert_map, pair_threshold, *table, thread, self.threads)
         cute.arch.griddepcontrol_launch_dependents()
 
         items = first_block[self.E] * self.tiles
-        first = I32(U32(items) * U32(cta) // U32(num_ctas))
-        last = I32(U32(items) * U32(cta + 1) // U32(num_ctas))
+        share = (self.first_item(items, cta, num_ctas), self.first_item(items, cta + 1, num_ctas))
         tokens = cute.make_tensor(all_tokens.iterator + warp * TOKENS, cute.make_layout((TOKENS,)))
         weights = cute.make_tensor(all_weights.iterator + warp * TOKENS, cute.make_layout((TOKENS,)))
-        block_of = (num_pairs, topk_weights, pair_expert, first_block, tokens, weights, lane)
+        block_of = (num_pairs, topk_weights, table, tokens, weights, lane)
         gate, rows = (gate_ring, gate_full, gate_empty), (row_ring, row_full, row_empty)
         queue = (lists, list_size, coefficients, up_biases, list_full, list_empty)
         if warp < self.gate_warps:
             self.set_registers(self.gate_registers)
-            self.gate_role(
-                first, last, block_of, thread, warp, gate, queue, gate_sums, thresholds, w13_bias, warp_counts
-            )
+            self.gate_role(share, block_of, x, thread, warp, gate, queue, gate_sums, thresholds, w13_bias, warp_counts)
         elif warp < self.gate_warps + self.row_warps:
             thread -= 32 * self.gate_warps
             self.set_registers(self.row_registers)
             self.clear_unrouted(pair_expert, out, thread, cta, num_ctas)
             totals = (accum, counters, out, complete, w2_bias)
-            self.up_down_role(
-                first, last, block_of, thread, warp - self.gate_warps, rows, queue, up_sums, products, totals
-            )
+            warp -= self.gate_warps
+            self.up_down_role(share, block_of, x, thread, warp, rows, queue, up_sums, products, totals)
         else:
             self.set_registers(PRODUCER_REGISTERS)
             if warp == self.gate_warps + self.row_warps:
-                self.gate_producer(first, last, block_of, x, w13, gate)
+                self.gate_producer(share, block_expert, w13, gate, lane)
             if warp == self.gate_warps + self.row_warps + 1:
-                self.row_producer(first, last, block_of, x, w13, w2_rows, rows, queue)
+                self.row_producer(share, block_expert, w13, w2_rows, rows, queue, lane)
 
     def set_registers(self, count: int):
         """Registers of this warpgroup's threads from here on (setmaxnreg)."""
@@ -263,41 +258,36 @@ class FusedDecode(TokenSums):
         return smem.allocate_tensor(dtype, cute.make_layout((rows, columns), stride=(columns, 1)), 128)
 
     @cute.jit
-    def locate(self, item, expert, block_of):
-        """(block, tile, expert) of an item; ``expert``: where to look first."""
-        first_block, lane = block_of[3], block_of[6]
-        block = I32(U32(item) // self.tiles)
-        if block < first_block[expert] or block >= first_block[expert + 1]:
-            expert = self.table.expert_of_block(block, first_block, lane)
-        tile = item - block * self.tiles
-        return block, tile, expert
+    def first_item(self, items, cta, num_ctas):
+        """Where the share of a CTA begins, items * cta / num_ctas; in fp32, which is faster, and alike in all CTAs."""
+        first = I32(F32(items) * F32(cta) * cute.arch.rcp_approx(F32(num_ctas)))
+        return items if cta == num_ctas else cutlass.min(first, items)
 
     @cute.jit
-    def enter_block(self, block, expert, block_of, with_weights: cutlass.Constexpr):
-        """Fills this warp's tokens and, if asked, weights; returns the number of pairs in the block."""
-        num_pairs, topk_weights, pair_expert, first_block, tokens, weights, lane = block_of
+    def locate(self, item):
+        """(block, tile) of an item."""
+        block = I32(U32(item) // self.tiles)
+        return block, item - block * self.tiles
+
+    @cute.jit
+    def enter_block(self, block, block_of, with_weights: cutlass.Constexpr):
+        """Fills this warp's tokens and, if asked, weights; returns the expert and the number of pairs in the block."""
+        num_pairs, topk_weights, (pair_expert, first_block, block_expert), tokens, weights, lane = block_of
+        expert = I32(block_expert[block])
         rank = (block - first_block[expert]) * TOKENS
-        return self.table.pairs_of_block(
+        return expert, self.table.pairs_of_block(
             expert, rank, num_pairs, topk_weights, pair_expert, tokens, weights, lane, with_weights
         )
 
     # ---- producers ---------------------------------------------------------------------------------------------------
 
     @cute.jit
-    def gate_producer(self, first, last, block_of, x, w13, gate):
+    def gate_producer(self, share, block_expert, w13, gate, lane):
         ring, full, empty = gate
-        tokens, lane = block_of[4], block_of[6]
         stage, phase = I32(0), I32(0)
-        current, expert, count = I32(-1), I32(0), I32(0)
-        for item in cutlass.range(first, last, unroll=1):
-            block, tile, expert = self.locate(item, expert, block_of)
-            if block != current:
-                current = block
-                count = self.enter_block(block, expert, block_of, False)
-                row = I64(tokens[cutlass.min(lane, count - 1)]) * self.H
-                self.copy_rows(x.iterator, row, count, ring, stage, self.stage_rows, full, empty, phase, lane)
-                stage, phase = self.advance(stage, phase, self.gate_stages)
-            neuron = tile * self.NT
+        for item in cutlass.range(share[0], share[1], unroll=1):
+            block, tile = self.locate(item)
+            expert, neuron = I32(block_expert[block]), tile * self.NT
             for _ in cutlass.range(self.stages_of_tile(neuron), unroll=1):
                 rows = cutlass.min(I32(self.stage_rows), self.I - neuron)
                 row = (I64(expert) * (2 * self.I) + I64(neuron + lane)) * self.H
@@ -306,23 +296,14 @@ class FusedDecode(TokenSums):
                 neuron += self.stage_rows
 
     @cute.jit
-    def row_producer(self, first, last, block_of, x, w13, w2_rows, rows_ring, queue):
+    def row_producer(self, share, block_expert, w13, w2_rows, rows_ring, queue, lane):
         ring, full, empty = rows_ring
         lists, list_size, _, _, list_full, list_empty = queue
-        tokens, lane = block_of[4], block_of[6]
         stage, phase = I32(0), I32(0)
         slot, slot_phase = I32(0), I32(0)
-        current, expert, count = I32(-1), I32(0), I32(0)
-        for item in cutlass.range(first, last, unroll=1):
-            block, _, expert = self.locate(item, expert, block_of)
-            if block != current:
-                current = block
-                count = self.enter_block(block, expert, block_of, False)
-                for start in cutlass.range(0, count, self.chunk, unroll=1):
-                    rows = cutlass.min(I32(self.chunk), count - start)
-                    row = I64(tokens[start + cutlass.min(lane, rows - 1)]) * self.H
-                    self.copy_rows(x.iterator, row, rows, ring, stage, self.chunk, full, empty, phase, lane)
-                    stage, phase = self.advance(stage, phase, self.row_stages)
+        for item in cutlass.range(share[0], share[1], unroll=1):
+            block, _ = self.locate(item)
+            expert = I32(block_expert[block])
             cute.arch.mbarrier_wait(list_full + slot, slot_phase)
             active = list_size[slot]
             for start in cutlass.range(0, active, self.chunk, unroll=1):
@@ -346,31 +327,25 @@ class FusedDecode(TokenSums):
     # ---- gate warps --------------------------------------------------------------------------------------------------
 
     @cute.jit
-    def gate_role(
-        self, first, last, block_of, thread, warp, gate_ring, queue, partial, thresholds, w13_bias, warp_counts
-    ):
+    def gate_role(self, share, block_of, x, thread, warp, gate_ring, queue, partial, thresholds, w13_bias, warp_counts):
         ring, full, empty = gate_ring
         lists, list_size, coefficients, up_biases, list_full, list_empty = queue
-        weights, lane = block_of[5], block_of[6]
+        tokens, weights, lane = block_of[3:]
         threads = 32 * self.gate_warps
         per_warp = self.NT // self.gate_warps  # neurons whose sums one warp finishes
         rounds = per_warp // 4
         stage, phase = I32(0), I32(0)
         slot, slot_phase = I32(0), I32(0)
         current, expert, count = I32(-1), I32(0), I32(0)
-        x = cute.make_rmem_tensor((8, self.gate_units), BF16)
+        fragments = cute.make_rmem_tensor((8, self.gate_units), BF16)  # of x
         row_of_lane = lane % self.stage_rows if cutlass.const_expr(self.stage_rows == 16) else lane & 7
         token = lane % 8
-        for item in cutlass.range(first, last, unroll=1):
-            block, tile, expert = self.locate(item, expert, block_of)
+        for item in cutlass.range(share[0], share[1], unroll=1):
+            block, tile = self.locate(item)
             if block != current:
                 current = block
-                count = self.enter_block(block, expert, block_of, True)
-                cute.arch.mbarrier_wait(full + stage, phase)
-                row = stage * self.stage_rows + cutlass.min(lane & 7, count - 1)
-                self.load_x(ring, row, count, warp, lane, self.gate_units, weights, x)
-                self.release(empty + stage, lane)
-                stage, phase = self.advance(stage, phase, self.gate_stages)
+                expert, count = self.enter_block(block, block_of, True)
+                self.load_x(x, tokens, count, warp, lane, self.gate_units, weights, fragments)
             neuron0 = tile * self.NT
             tau = cute.make_rmem_tensor((rounds,), F32)
             for i in cutlass.range_constexpr(rounds):
@@ -384,19 +359,20 @@ class FusedDecode(TokenSums):
                         biases[half, i] = w13_bias[expert, half * self.I + cutlass.min(neuron, I32(self.I - 1))]
             for g in cutlass.range(self.stages_of_tile(neuron0), unroll=1):
                 rows = cutlass.min(I32(self.stage_rows), self.I - (neuron0 + g * self.stage_rows))
-                sums = cute.make_rmem_tensor((4, 1, 2), F32)
-                sums.fill(0.0)
                 cute.arch.mbarrier_wait(full + stage, phase)
                 source_row = row_of_lane
                 if cutlass.const_expr(self.I % self.stage_rows != 0):
                     source_row = cutlass.min(row_of_lane, rows - 1)
-                self.rows_times_x(ring, stage * self.stage_rows, source_row, warp, lane, self.gate_units, x, sums)
-                self.release(empty + stage, lane)
+                first_row, chains = stage * self.stage_rows, 4 if self.gate_units <= 16 else 2
+                sums = self.rows_times_x(
+                    ring, first_row, source_row, warp, lane, self.gate_units, self.stage_rows, chains, fragments
+                )
+                self.give_back(empty + stage, lane)
                 stage, phase = self.advance(stage, phase, self.gate_stages)
                 for h in cutlass.range_constexpr(self.stage_rows // 8):
                     row = warp * self.NT + g * self.stage_rows + lane // 4 + 8 * h
                     for c in cutlass.range_constexpr(2):
-                        partial[row, (lane % 4) * 2 + c] = sums[2 * h + c, 0, 0] + sums[2 * h + c, 0, 1]
+                        partial[row, (lane % 4) * 2 + c] = sums[2 * h + c]
             cute.arch.barrier(barrier_id=GATE_BARRIER, number_of_threads=threads)
             # Every warp finishes its own neurons: 4 neurons x 8 tokens a round.
             a = cute.make_rmem_tensor((rounds,), F32)
@@ -450,42 +426,42 @@ class FusedDecode(TokenSums):
     # ---- up and down warps -------------------------------------------------------------------------------------------
 
     @cute.jit
-    def up_down_role(self, first, last, block_of, thread, warp, rows_ring, queue, up_sums, products, totals):
+    def up_down_role(self, share, block_of, x, thread, warp, rows_ring, queue, up_sums, products, totals):
         ring, full, empty = rows_ring
         _, list_size, coefficients, up_biases, list_full, list_empty = queue
         accum, w2_bias = totals[0], totals[4]
-        tokens, weights, lane = block_of[4], block_of[5], block_of[6]
+        pair_expert, tokens, weights, lane = block_of[2][0], *block_of[3:]
         stage, phase = I32(0), I32(0)
         slot, slot_phase = I32(0), I32(0)
         current, expert, count, tiles_done = I32(-1), I32(0), I32(0), I32(0)
-        x = cute.make_rmem_tensor((8, self.row_units), BF16)
+        fragments = cute.make_rmem_tensor((8, self.row_units), BF16)  # of x
         sums = cute.make_rmem_tensor((4, 2, self.row_units if self.keep_sums else 1), F32)
         sums.fill(0.0)
-        for item in cutlass.range(first, last, unroll=1):
-            block, tile, expert = self.locate(item, expert, block_of)
+        for item in cutlass.range(share[0], share[1], unroll=1):
+            block, tile = self.locate(item)
             if block != current:
                 if tiles_done > 0:
                     if cutlass.const_expr(self.keep_sums):
                         self.add_to_output(sums, 0, self.row_units, tokens, count, warp, lane, accum)
-                    self.finish_tokens(tokens, count, tiles_done, block_of[2], thread, totals)
+                    self.finish_tokens(tokens, count, tiles_done, pair_expert, thread, totals)
                     tiles_done = I32(0)
                 current = block
-                count = self.enter_block(block, expert, block_of, self.weight_on_input or self.has_bias)
+                expert, count = self.enter_block(block, block_of, self.weight_on_input or self.has_bias)
                 if cutlass.const_expr(self.has_bias):
                     self.add_down_bias(w2_bias, tile, expert, tokens, weights, count, thread, accum)
-                stage, phase = self.receive_x(ring, full, empty, stage, phase, count, warp, lane, weights, x)
+                self.load_x(x, tokens, count, warp, lane, self.row_units, weights, fragments)
             cute.arch.mbarrier_wait(list_full + slot, slot_phase)
             active = list_size[slot]
             for start in cutlass.range(0, active, self.chunk, unroll=1):
                 rows = cutlass.min(I32(self.chunk), active - start)
                 cute.arch.mbarrier_wait(full + stage, phase)
-                self.up_chunk(ring, stage * self.chunk, rows, thread, warp, lane, x, up_sums)
-                self.release(empty + stage, lane)
+                self.up_chunk(ring, stage * self.chunk, rows, warp, lane, fragments, up_sums)
+                self.give_back(empty + stage, lane)
                 stage, phase = self.advance(stage, phase, self.row_stages)
                 self.multiply(slot, start, rows, thread, up_sums, coefficients, up_biases, products)
                 cute.arch.mbarrier_wait(full + stage, phase)
                 self.down_chunk(ring, stage * self.chunk, rows, warp, lane, products, sums, tokens, count, accum)
-                self.release(empty + stage, lane)
+                self.give_back(empty + stage, lane)
                 stage, phase = self.advance(stage, phase, self.row_stages)
             self.release(list_empty + slot, lane)
             slot, slot_phase = self.advance(slot, slot_phase, LIST_QUEUE)
@@ -493,39 +469,16 @@ class FusedDecode(TokenSums):
         if tiles_done > 0:
             if cutlass.const_expr(self.keep_sums):
                 self.add_to_output(sums, 0, self.row_units, tokens, count, warp, lane, accum)
-            self.finish_tokens(tokens, count, tiles_done, block_of[2], thread, totals)
+            self.finish_tokens(tokens, count, tiles_done, pair_expert, thread, totals)
 
     @cute.jit
-    def receive_x(self, ring, full, empty, stage, phase, count, warp, lane, weights, x):
-        """x fragments from as many stages of the row ring as the tokens take; returns the next stage and phase."""
-        token = cutlass.min(lane & 7, count - 1)
-        row = stage * self.chunk + token
-        cute.arch.mbarrier_wait(full + stage, phase)
-        if cutlass.const_expr(self.chunk == TOKENS):
-            self.load_x(ring, row, count, warp, lane, self.row_units, weights, x)
-            self.release(empty + stage, lane)
-        else:
-            second, second_phase = self.advance(stage, phase, self.row_stages)
-            if count > self.chunk:
-                cute.arch.mbarrier_wait(full + second, second_phase)
-                if token >= self.chunk:
-                    row = second * self.chunk + token - self.chunk
-            self.load_x(ring, row, count, warp, lane, self.row_units, weights, x)
-            self.release(empty + stage, lane)
-            if count > self.chunk:
-                self.release(empty + second, lane)
-                stage, phase = second, second_phase
-        return self.advance(stage, phase, self.row_stages)
-
-    @cute.jit
-    def up_chunk(self, ring, stage_row, rows, thread, warp, lane, x, up_sums):
+    def up_chunk(self, ring, stage_row, rows, warp, lane, x, up_sums):
         """Partial u [SLOTS, TOKENS] of this warp's share of the hidden dimension -> up_sums."""
-        sums = cute.make_rmem_tensor((4, 1, 2), F32)
-        sums.fill(0.0)
-        row_of_lane = cutlass.min(lane & 7, rows - 1)  # rows 8..15 of the MMA repeat rows 0..7 and are not used
-        self.rows_times_x(ring, stage_row, row_of_lane, warp, lane, self.row_units, x, sums)
+        row_of_lane = cutlass.min(lane & 7, rows - 1)
+        chains = 4 if self.row_units <= 8 else 2  # more would spill
+        sums = self.rows_times_x(ring, stage_row, row_of_lane, warp, lane, self.row_units, SLOTS, chains, x)
         for c in cutlass.range_constexpr(2):
-            up_sums[warp * SLOTS + lane // 4, (lane % 4) * 2 + c] = sums[c, 0, 0] + sums[c, 0, 1]
+            up_sums[warp * SLOTS + lane // 4, (lane % 4) * 2 + c] = sums[c]
 
     @cute.jit
     def multiply(self, slot, start, rows, thread, up_sums, coefficients, up_biases, products):

@@ -2,7 +2,7 @@
 
 Every CTA reads all T*k pairs (T*k <= max_pairs), drops the ones that no one computes here (remote or out-of-range
 expert, routing weight below the pair threshold), counts the rest by expert in shared memory, and numbers the token
-blocks of all experts in order of expert id. Which CTA works on which block follows from that numbering alone, so the
+blocks of all experts in order of expert id. All CTAs number alike, so an item's number says everything about it, and the
 grid depends on nothing but its size. The pairs of one block are found by ballots, in the order of topk_ids.
 """
 
@@ -11,15 +11,19 @@ from __future__ import annotations
 import cutlass
 import cutlass.cute as cute
 
-from .compaction import lowest_lane, rank_in_warp
-from .primitives import I32, U32
+from ..configs import max_blocks
+from .compaction import rank_in_group
+from .primitives import I32, U32, vector
+
+LANE_PAIRS = 4  # pairs that one lane looks at at a time
 
 
 class PairTable:
     """Shared-memory view of the batch's pairs. Constructed inside the kernel; all methods are called by whole warps.
 
-    pair_expert [max_pairs] int16: local expert of pair p = token * k + slot, -1 if dropped.
+    pair_expert [max_pairs] int16: local expert of pair p = token * k + slot, -1 if dropped or past the end.
     first_block [E + 1] int32: number of the first block of each expert, and the number of blocks in all.
+    block_expert [max_blocks] int16: expert of each block.
     """
 
     def __init__(self, num_experts: int, top_k: int, max_pairs: int, token_block: int, has_expert_map: bool):
@@ -27,10 +31,11 @@ class PairTable:
         self.max_pairs, self.has_expert_map = max_pairs, has_expert_map
 
     def allocate(self, smem):
-        """(pair_expert, first_block) in shared memory."""
+        """(pair_expert, first_block, block_expert) in shared memory."""
         pair_expert = smem.allocate_tensor(cutlass.Int16, cute.make_layout((self.max_pairs,)), 16)
         first_block = smem.allocate_tensor(I32, cute.make_layout((self.num_experts + 1,)), 16)
-        return pair_expert, first_block
+        blocks = cute.make_layout((max_blocks(self.max_pairs, self.num_experts),))
+        return pair_expert, first_block, smem.allocate_tensor(cutlass.Int16, blocks, 16)
 
     @cute.jit
     def build(
@@ -41,6 +46,7 @@ class PairTable:
         pair_threshold: cutlass.Float32,
         pair_expert: cute.Tensor,
         first_block: cute.Tensor,
+        block_expert: cute.Tensor,
         thread: cutlass.Int32,
         num_threads: cutlass.Constexpr,
     ):
@@ -51,6 +57,9 @@ class PairTable:
         num_pairs = cute.size(topk_ids)
         for e in cutlass.range(thread, self.num_experts + 1, num_threads, unroll=1):
             first_block[e] = 0
+        looked_at = (U32(num_pairs) + (32 * LANE_PAIRS - 1)) // (32 * LANE_PAIRS) * (32 * LANE_PAIRS)
+        for p in cutlass.range(num_pairs + thread, I32(looked_at), num_threads, unroll=1):
+            pair_expert[p] = cutlass.Int16(-1)
         cute.arch.sync_threads()
         cute.arch.griddepcontrol_wait()  # what the launch before this one wrote is visible from here on
         ids = cute.make_tensor(topk_ids.iterator, cute.make_layout((num_pairs,)))
@@ -69,18 +78,21 @@ class PairTable:
                 cute.arch.atomic_add(first_block.iterator + expert, I32(1), sem="relaxed", scope="cta")
         cute.arch.sync_threads()
         if thread < 32:
-            self.number_blocks(first_block, thread)
+            self.number_blocks(first_block, block_expert, thread)
         cute.arch.sync_threads()
 
     @cute.jit
-    def number_blocks(self, first_block: cute.Tensor, lane: cutlass.Int32):
+    def number_blocks(self, first_block: cute.Tensor, block_expert: cute.Tensor, lane: cutlass.Int32):
         """One warp turns pair counts by expert into block numbers: an exclusive prefix sum of ceil(count / block)."""
         chunk = (self.num_experts + 31) // 32
+        blocks = cute.make_rmem_tensor((chunk,), I32)
         mine = I32(0)
         for i in cutlass.range_constexpr(chunk):
             e = lane * chunk + i
+            blocks[i] = I32(0)
             if e < self.num_experts:
-                mine += self.blocks_of(first_block[e])
+                blocks[i] = self.blocks_of(first_block[e])
+            mine += blocks[i]
         total = mine
         for step in cutlass.range_constexpr(5):
             other = cute.arch.shuffle_sync_up(total, 1 << step, mask_and_clamp=0)
@@ -89,34 +101,16 @@ class PairTable:
         for i in cutlass.range_constexpr(chunk):
             e = lane * chunk + i
             if e < self.num_experts:
-                blocks = self.blocks_of(first_block[e])
                 first_block[e] = running
-                running += blocks
+                for _ in cutlass.range(blocks[i], unroll=1):
+                    block_expert[running] = cutlass.Int16(e)
+                    running += 1
         if lane == 31:
             first_block[self.num_experts] = total
 
     def blocks_of(self, pairs):
         """ceil(pairs / token_block); unsigned, since a signed division costs nine instructions."""
         return I32((U32(pairs) + (self.token_block - 1)) // self.token_block)
-
-    @cute.jit
-    def expert_of_block(self, block: cutlass.Int32, first_block: cute.Tensor, lane: cutlass.Int32) -> cutlass.Int32:
-        """The expert that owns a block: a warp finds the run of experts, one run a lane, then the expert inside it."""
-        run = -(-self.num_experts // 32)
-        end = I32(self.num_experts)
-        low = first_block[cutlass.min(lane * run, end)]
-        high = first_block[cutlass.min(lane * run + run, end)]
-        owner = lowest_lane(U32(cute.arch.vote_ballot_sync(low <= block and block < high)))
-        expert = owner * run
-        for i in cutlass.range_constexpr(0, run, 32):
-            e = owner * run + i + lane
-            inside = i + lane < run and e < end
-            e = cutlass.min(e, end - 1)
-            owns = inside and first_block[e] <= block and block < first_block[e + 1]
-            votes = U32(cute.arch.vote_ballot_sync(owns))
-            if votes != 0:
-                expert = owner * run + i + lowest_lane(votes)
-        return expert
 
     @cute.jit
     def pairs_of_block(
@@ -139,18 +133,23 @@ class PairTable:
         routing = cute.make_tensor(topk_weights.iterator, cute.make_layout((num_pairs,)))
         cute.arch.sync_warp()
         found = I32(0)
-        for i in cutlass.range(cute.ceil_div(num_pairs, 32), unroll=2):
-            p = i * 32 + lane
-            hit = p < num_pairs
-            if hit:
-                hit = I32(pair_expert[p]) == expert
-            before, hits = rank_in_warp(hit, lane, 1)
+        for i in cutlass.range(cute.ceil_div(num_pairs, 32 * LANE_PAIRS), unroll=1):
+            first = i * (32 * LANE_PAIRS) + lane * LANE_PAIRS
+            experts = cute.make_rmem_tensor((LANE_PAIRS,), cutlass.Int16)
+            cute.autovec_copy(vector(pair_expert.iterator, first, LANE_PAIRS, LANE_PAIRS), experts)
+            hits = cute.make_rmem_tensor((LANE_PAIRS,), cutlass.Boolean)
+            for j in cutlass.range_constexpr(LANE_PAIRS):
+                hits[j] = I32(experts[j]) == expert
+            before, in_warp = rank_in_group(hits, LANE_PAIRS)
             position = found + before - rank
-            if hit and position >= 0 and position < self.token_block:
-                tokens[position] = I32(U32(p) // self.top_k)
-                if cutlass.const_expr(with_weights):
-                    weights[position] = routing[p]
-            found += hits
+            for j in cutlass.range_constexpr(LANE_PAIRS):
+                if hits[j]:
+                    if position >= 0 and position < self.token_block:
+                        tokens[position] = I32(U32(first + j) // self.top_k)
+                        if cutlass.const_expr(with_weights):
+                            weights[position] = routing[first + j]
+                    position += 1
+            found += in_warp
         cute.arch.sync_warp()
         return cutlass.min(found - rank, I32(self.token_block))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import cutlass
 import cutlass.cute as cute
 
-from .primitives import BF16, F32, I32, bulk_row_copy, load_matrices, mma_16x8x16, vector
+from .primitives import BF16, F32, I32, I64, bulk_row_copy, load_matrices, mma_16x8x16, vector
 
 
 class RowRing:
@@ -53,41 +53,82 @@ class RowRing:
                 cute.arch.mbarrier_arrive(barrier)
 
     @cute.jit
-    def load_x(self, ring, row, count, warp, lane, units: cutlass.Constexpr, weights, fragments):
-        """x rows -> B fragments [8, units]: 32 columns a unit, token lane // 4.
+    def give_back(self, empty, lane):
+        """This warp's arrival for a stage of a ring that it has read.
 
-        ``row``: where this lane finds token lane % 8 in the ring, or the last token's row past ``count``.
+        The stage is refilled through another proxy, so a fence has to come first: an ldmatrix may still be under way when
+        its warp arrives, even where its values seem used by then. Seen on an H100 while additions to the output held
+        ldmatrix up: rows of the next tile came first, in up to one of ten launches.
         """
-        load = load_matrices(False)
+        cute.arch.fence_proxy("async.shared", space="cta")
+        self.release(empty, lane)
+
+    @cute.jit
+    def load_x(self, x, tokens, count, warp, lane, units: cutlass.Constexpr, weights, fragments):
+        """x rows -> B fragments [8, units]: 32 columns a unit, token lane // 4 (the last one again past ``count``)."""
+        slot = cutlass.min(lane // 4, count - 1)
+        row = I64(tokens[slot]) * self.H
         for u in cutlass.range_constexpr(units):
             unit = warp * units + u
-            column = cutlass.min(unit, I32(self.units - 1)) * 32 + (lane >> 3) * 8
-            cute.copy(load, vector(ring.iterator, row * self.pitch + column), fragments[None, u])
-            if unit >= self.units:
-                for i in cutlass.range_constexpr(8):
-                    fragments[i, u] = BF16(0.0)
+            column = cutlass.min(unit, I32(self.units - 1)) * 32 + (lane % 4) * 2
+            for j in cutlass.range_constexpr(4):
+                part = cute.make_tensor(fragments.iterator + (8 * u + 2 * j), cute.make_layout((2,)))
+                cute.autovec_copy(vector(x.iterator, row + column + 8 * j, 2, 2), part)
+            if cutlass.const_expr(self.ragged):
+                if unit >= self.units:
+                    for i in cutlass.range_constexpr(8):
+                        fragments[i, u] = BF16(0.0)
         if cutlass.const_expr(self.weight_on_input):
-            weight = weights[cutlass.min(lane // 4, count - 1)]
+            weight = weights[slot]
             for u in cutlass.range_constexpr(units):
                 for i in cutlass.range_constexpr(8):
                     fragments[i, u] = BF16(F32(fragments[i, u]) * weight)
 
     @cute.jit
-    def rows_times_x(self, ring, stage_row, row_of_lane, warp, lane, units: cutlass.Constexpr, x, sums):
-        """sums [4, 1, 2] += rows . x for the warp's share of the hidden dimension; two chains of MMAs.
+    def rows_times_x(
+        self,
+        ring,
+        stage_row,
+        row_of_lane,
+        warp,
+        lane,
+        units: cutlass.Constexpr,
+        rows: cutlass.Constexpr,
+        chains: cutlass.Constexpr,
+        x,
+    ):
+        """[4] sums of rows . x over the warp's share of the hidden dimension: an accumulator of the MMA.
 
-        ``row_of_lane`` is the row of the stage whose address this lane gives to ldmatrix.
+        ``rows``: 16, or 8, which fill both halves of the MMA's 16 (the sums 2 and 3 are then 0 and 1 again).
+        ``row_of_lane`` is the row of the stage whose address this lane gives to ldmatrix. ``chains``: 2 or 4 sums that
+        depend on nothing but themselves; four hide the latency of an MMA better and take 8 more registers.
         """
         load, mma = load_matrices(False), mma_16x8x16()
-        address = (stage_row + row_of_lane) * self.pitch + (lane >> 4) * 8
+        parts = cute.make_rmem_tensor((4, 1, chains), F32)
+        parts.fill(0.0)
+        once = rows == 8  # one ldmatrix.x4 brings 8 rows by 32 columns, else 16 by 16
+        address = (stage_row + row_of_lane) * self.pitch + (lane >> (3 if once else 4)) * 8
         for u in cutlass.range_constexpr(units):
             unit = warp * units + u
             if cutlass.const_expr(self.ragged):
                 unit = cutlass.min(unit, I32(self.units - 1))
+            matrices = cute.make_rmem_tensor((8, 1 if once else 2), BF16)
+            for half in cutlass.range_constexpr(1 if once else 2):
+                cute.copy(load, vector(ring.iterator, address + unit * 32 + half * 16), matrices[None, half])
             for half in cutlass.range_constexpr(2):
-                rows = cute.make_rmem_tensor((8,), BF16)
-                cute.copy(load, vector(ring.iterator, address + unit * 32 + half * 16), rows)
-                a = cute.make_tensor(rows.iterator, cute.make_layout(((2, 2, 2), 1), stride=((1, 2, 4), 0)))
+                if cutlass.const_expr(once):
+                    layout = cute.make_layout(((2, 2, 2), 1), stride=((1, 0, 2), 0))
+                    a = cute.make_tensor(matrices.iterator + 4 * half, layout)
+                else:
+                    layout = cute.make_layout(((2, 2, 2), 1), stride=((1, 2, 4), 0))
+                    a = cute.make_tensor(matrices.iterator + 8 * half, layout)
                 b = cute.make_tensor(x[None, u].iterator + 4 * half, cute.make_layout((4, 1), stride=(1, 0)))
-                c = cute.make_tensor(sums.iterator + 4 * half, cute.make_layout((4, 1, 1), stride=(1, 0, 0)))
+                chain = (2 * u + half) % chains
+                c = cute.make_tensor(parts.iterator + 4 * chain, cute.make_layout((4, 1, 1), stride=(1, 0, 0)))
                 cute.gemm(mma, c, a, b, c)
+        sums = cute.make_rmem_tensor((4,), F32)
+        for i in cutlass.range_constexpr(4):
+            sums[i] = parts[i, 0, 0] + parts[i, 0, 1]
+            if cutlass.const_expr(chains == 4):
+                sums[i] = sums[i] + (parts[i, 0, 2] + parts[i, 0, 3])
+        return sums

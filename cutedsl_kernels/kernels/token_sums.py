@@ -80,11 +80,11 @@ class TokenSums(RowRing):
         """Counts the block's items for each of its tokens; whoever completes a token casts its row and clears it."""
         accum, counters, out, complete, _ = totals
         threads = 32 * self.row_warps
+        token = tokens[cutlass.min(thread, count - 1)]
+        expected = self.table.pairs_of_token(token, pair_expert) * self.tiles
         cute.arch.barrier(barrier_id=ROW_BARRIER, number_of_threads=threads)
         if thread < count:
-            token = tokens[thread]
             cute.arch.fence_acq_rel_gpu()  # covers the additions of all threads that met at the barrier
-            expected = self.table.pairs_of_token(token, pair_expert) * self.tiles
             done = cute.arch.atomic_add(counters.iterator + token, tiles_done, sem="relaxed", scope="gpu")
             cute.arch.fence_acq_rel_gpu()
             complete[thread] = I32(1) if done + tiles_done == expected else I32(0)
