@@ -223,7 +223,8 @@ def threshold_table(thresholds: torch.Tensor | float, shape: MoEShape, device: t
     key = (float(thresholds), shape.num_experts, shape.intermediate_size, device)
     made = _scalar_thresholds.get(key)
     if made is None:
-        made = torch.full((shape.num_experts, shape.intermediate_size), float(thresholds), device=device)
+        size = (shape.num_experts, shape.intermediate_size)
+        made = torch.full(size, float(thresholds), dtype=torch.float32, device=device)
         if not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
             if len(_scalar_thresholds) >= REMEMBERED_SCALARS:
                 _scalar_thresholds.pop(next(iter(_scalar_thresholds)))
@@ -337,7 +338,7 @@ def warmup(
             sparse_moe_cuda(
                 torch.zeros(num_tokens, shape.hidden_size, dtype=weights.dtype, device=device),
                 weights,
-                torch.zeros(num_tokens, top_k, device=device),
+                torch.zeros(num_tokens, top_k, dtype=torch.float32, device=device),
                 torch.full((num_tokens, top_k), -1, dtype=torch.int32, device=device),
                 0.0,
                 router_weighted=router_weighted,

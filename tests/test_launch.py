@@ -275,6 +275,16 @@ def test_thresholds(compiled: list[KernelSpec]) -> None:
     assert len(layer._scalar_thresholds) <= layer.REMEMBERED_SCALARS
 
 
+def test_tables_are_fp32_whatever_the_default_dtype(compiled: list[KernelSpec]) -> None:
+    """vLLM loads models with bfloat16 as the default: the kernels refused such thresholds, and all ran dense."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert threshold_table(0.25, MoEShape(4, 2, 64, 16), CPU).dtype == torch.float32
+        assert scratch_for(CPU, 3, 64).accum.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_scratch_is_made_once_and_never_freed(compiled: list[KernelSpec]) -> None:
     small = scratch_for(CPU, 3, 64)
     assert scratch_for(CPU, 64, 64) is small

@@ -2,8 +2,8 @@
 
 Every CTA reads all T*k pairs (T*k <= max_pairs), drops the ones that no one computes here (remote or out-of-range
 expert, routing weight below the pair threshold), counts the rest by expert in shared memory, and numbers the token
-blocks of all experts in order of expert id. All CTAs number alike, so an item's number says everything about it, and the
-grid depends on nothing but its size. The pairs of one block are found by ballots, in the order of topk_ids.
+blocks of all experts in order of expert id. All CTAs number alike, so which CTA works on which block follows from that
+alone, and the grid depends on nothing but its size. Ballots find the pairs of a block, in the order of topk_ids.
 """
 
 from __future__ import annotations

@@ -56,9 +56,9 @@ class RowRing:
     def give_back(self, empty, lane):
         """This warp's arrival for a stage of a ring that it has read.
 
-        The stage is refilled through another proxy, so a fence has to come first: an ldmatrix may still be under way when
-        its warp arrives, even where its values seem used by then. Seen on an H100 while additions to the output held
-        ldmatrix up: rows of the next tile came first, in up to one of ten launches.
+        The stage is refilled through another proxy, so a fence has to come first: an ldmatrix may still be under way
+        when its warp arrives, even where its values seem used by then. Seen on an H100 while additions to the output
+        held ldmatrix up: rows of the next tile came first, in up to one of ten launches.
         """
         cute.arch.fence_proxy("async.shared", space="cta")
         self.release(empty, lane)
@@ -74,7 +74,7 @@ class RowRing:
             for j in cutlass.range_constexpr(4):
                 part = cute.make_tensor(fragments.iterator + (8 * u + 2 * j), cute.make_layout((2,)))
                 cute.autovec_copy(vector(x.iterator, row + column + 8 * j, 2, 2), part)
-            if cutlass.const_expr(self.ragged):
+            if cutlass.const_expr(self.ragged):  # noqa: SIM102 (one is decided while compiling)
                 if unit >= self.units:
                     for i in cutlass.range_constexpr(8):
                         fragments[i, u] = BF16(0.0)
