@@ -430,7 +430,7 @@ class FusedDecode(TokenSums):
         ring, full, empty = rows_ring
         _, list_size, coefficients, up_biases, list_full, list_empty = queue
         accum, w2_bias = totals[0], totals[4]
-        pair_expert, tokens, weights, lane = block_of[2][0], *block_of[3:]
+        pair_expert, (tokens, weights, lane) = block_of[2][0], block_of[3:]
         stage, phase = I32(0), I32(0)
         slot, slot_phase = I32(0), I32(0)
         current, expert, count, tiles_done = I32(-1), I32(0), I32(0), I32(0)
