@@ -56,9 +56,9 @@ def sparse_moe_cuda(
 ) -> torch.Tensor:
     """sparse_moe for validated CUDA tensors; bf16 only.
 
-    plan None: plan_for at ASSUMED_SPARSITY (0 for the threshold 0.0), dense where no kernel can run the layer and for
-    experts with biases, staged under torch.use_deterministic_algorithms. A plan that cannot run is a ValueError that
-    says why. NotWarm while a graph is captured without a warm-up.
+    plan None: plan_for at ASSUMED_SPARSITY (0 for the threshold 0.0), dense where no kernel can run the layer, staged
+    under torch.use_deterministic_algorithms. A plan that cannot run is a ValueError that says why. NotWarm while a
+    graph is captured without a warm-up.
     """
     if hidden_states.dtype != torch.bfloat16:
         raise TypeError(f"weights and hidden_states must be bfloat16 on a CUDA device, got {hidden_states.dtype}")
@@ -161,8 +161,6 @@ def _default_plan(
     activation: str,
 ) -> Plan:
     if why_no_kernels(weights) or activation not in KERNEL_ACTIVATIONS:
-        return Plan("dense")
-    if weights.w13_bias is not None:  # until the kernels with biases pass all their tests on a device
         return Plan("dense")
     if torch.are_deterministic_algorithms_enabled():
         plan = Plan("staged", StagedConfig())

@@ -218,6 +218,12 @@ def test_biases_that_no_kernel_takes_run_dense(compiled: list[KernelSpec], seed:
     assert compiled == []
 
 
+def test_biased_layers_choose_kernels_by_themselves(compiled: list[KernelSpec], seed: int) -> None:
+    case = problem(seed, biases=True, activation="swigluoai")
+    check_close(sparse_moe_cuda(**case.arguments), case)
+    assert [spec.keywords["has_bias"] for spec in compiled] == [True]
+
+
 def test_biases_that_start_anywhere_are_copied(compiled: list[KernelSpec], seed: int) -> None:
     case = problem(seed, biases=True, activation="swigluoai")
     assert case.weights.w2_bias is not None

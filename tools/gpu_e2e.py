@@ -1,14 +1,14 @@
 """End-to-end decode speed through vLLM on an sm_90 GPU: stock dense, dense through our plans, and sparse.
 
     python tools/gpu_e2e.py --quick      8 layers of Qwen3-30B-A3B, under 4 minutes: does it work, roughly how fast
-    python tools/gpu_e2e.py              both models in full: several minutes each
+    python tools/gpu_e2e.py              both Qwens in full: several minutes each
     python tools/gpu_e2e.py --model qwen3.5-35b-a3b --modes stock routed --batches 1 8 --profile
 
 Random ("dummy") weights of the real shapes; norms are set to 1 and router weights scaled up, so that routing weights
 spread as in trained models. The profile is calibrated in the engine on random tokens. Every mode runs in a process of
 its own: batches of prompts of --input random tokens, --output tokens decoded greedily, CUDA graphs on. Time per
-decoded token = (time with --output tokens - time with 1) / (output - 1), median of --repeats; prefill = time with 1
-token.
+decoded token = (time with --output tokens - time with 1) / (output - 1), of medians of --repeats; prefill = time with 1
+token, median of three times as many.
 
 modes   stock   vLLM's own method
         dense   this method at target 0
@@ -96,7 +96,44 @@ _QWEN35 = {
     "torch_dtype": "bfloat16",
     "vocab_size": 248320,
 }
-MODELS: dict[str, tuple[dict[str, Any], float]] = {"qwen3-30b-a3b": (_QWEN3, 0.8), "qwen3.5-35b-a3b": (_QWEN35, 0.845)}
+# The shape of gpt-oss-20b with ordinary bf16 weights: its own checkpoint is mxfp4, which vLLM's method runs.
+_GPT_OSS = {
+    "architectures": ["GptOssForCausalLM"],
+    "model_type": "gpt_oss",
+    "attention_bias": True,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 2880,
+    "initial_context_length": 4096,
+    "intermediate_size": 2880,
+    "layer_types": ["sliding_attention", "full_attention"] * 12,
+    "max_position_embeddings": 131072,
+    "num_attention_heads": 64,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 8,
+    "num_local_experts": 32,
+    "rms_norm_eps": 1e-5,
+    "rope_scaling": {
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "factor": 32.0,
+        "original_max_position_embeddings": 4096,
+        "rope_type": "yarn",
+        "truncate": False,
+    },
+    "rope_theta": 150000,
+    "sliding_window": 128,
+    "swiglu_limit": 7.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 201088,
+}
+MODELS: dict[str, tuple[dict[str, Any], float]] = {  # and the sparsity of mode paper
+    "qwen3-30b-a3b": (_QWEN3, 0.8),
+    "qwen3.5-35b-a3b": (_QWEN35, 0.845),
+    "gpt-oss-20b": (_GPT_OSS, 0.8),
+}
 COLUMNS = [
     "date",
     "revision",
@@ -167,7 +204,7 @@ def make_realistic(worker: Any) -> tuple[int, int]:
             ):  # Gemma's kind has 1 + weight, which is right as it is
                 module.weight.fill_(1.0)
                 norms += 1
-            elif name.endswith("mlp.gate"):
+            elif name.endswith(("mlp.gate", "mlp.router")):
                 module.weight.mul_(ROUTER_SCALE)
                 routers += 1
     return norms, routers
@@ -264,9 +301,8 @@ def error(state: Any, found: Any, x: Any, topk_weights: Any, topk_ids: Any, tau:
     """Relative to sparse_moe_ref, in the Euclidean norm."""
     from cutedsl_kernels import sparse_moe_ref
 
-    weights = type(state.weights)(state.weights.w13, state.weights.w2_rows)
-    options = {"router_weighted": state.router_weighted, "pair_threshold": state.rho}
-    expected = sparse_moe_ref(x.float(), weights, topk_weights, topk_ids, tau, **options)
+    options = {"router_weighted": state.router_weighted, "pair_threshold": state.rho, "activation": state.activation}
+    expected = sparse_moe_ref(x.float(), state.weights, topk_weights, topk_ids, tau, **options)
     return float((found.float() - expected).norm() / expected.norm())
 
 
@@ -299,15 +335,13 @@ def stage_measure(args: argparse.Namespace) -> dict[str, Any]:
     for batch in args.batches:
         seconds(batch, min(args.output, 8), 0)  # compiles vLLM's own kernels for these sizes
         seconds(batch, 1, 1)
-        steps, prefills = [], []
-        for repeat in range(args.repeats):
-            prefill = seconds(batch, 1, 10 + 2 * repeat)
-            whole = seconds(batch, args.output, 11 + 2 * repeat)
-            prefills.append(1e3 * prefill)
-            steps.append(1e3 * (whole - prefill) / (args.output - 1))
-        times[str(batch)] = (statistics.median(steps), statistics.median(prefills))
-        step, prefill = times[str(batch)]
-        print(f"{args.mode} batch {batch}: {step:.3f} ms a step, prefill {prefill:.1f} ms", flush=True)
+        prefills = [1e3 * seconds(batch, 1, 10 + 2 * repeat) for repeat in range(3 * args.repeats)]
+        wholes = [1e3 * seconds(batch, args.output, 11 + 2 * repeat) for repeat in range(args.repeats)]
+        prefill = statistics.median(prefills)
+        step = (statistics.median(wholes) - prefill) / (args.output - 1)
+        times[str(batch)] = (step, prefill)
+        spread = f"{min(prefills):.1f}..{max(prefills):.1f}; whole {min(wholes):.0f}..{max(wholes):.0f}"
+        print(f"{args.mode} batch {batch}: {step:.3f} ms a step, prefill {prefill:.1f} ms ({spread})", flush=True)
     if args.profile:
         profile_steps(engine, seconds, args)
     if args.mode != "stock":
@@ -357,7 +391,7 @@ def facts() -> dict[str, str]:
 
     found = {"date": datetime.date.today().isoformat(), "torch": torch.__version__}
     revision = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    found["revision"] = revision.stdout.strip() or "unknown"
+    found["revision"] = os.environ.get("CUTEDSL_KERNELS_REVISION") or revision.stdout.strip() or "unknown"
     for module in ("triton", "vllm"):
         version = subprocess.run(
             [sys.executable, "-c", f"import {module}; print({module}.__version__)"], capture_output=True, text=True
@@ -377,9 +411,12 @@ def benchmark(
     layers = args.layers or (8 if args.quick else config["num_hidden_layers"])
     if "full_attention_interval" in config:
         layers = max(4, layers // 4 * 4)
+    config = {**config, "num_hidden_layers": layers}
+    if "layer_types" in config:
+        config["layer_types"] = config["layer_types"][:layers]
     folder = scratch / name
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers}))
+    (folder / "config.json").write_text(json.dumps(config))
     args.target = args.target or cutoff
     calibrated = run_stage(args, "calibrate", "profiles", folder, environment)
     if calibrated is None:
@@ -425,7 +462,7 @@ def benchmark(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", nargs="*", choices=[*MODELS], help="default: both; with --quick the first")
+    parser.add_argument("--model", nargs="*", choices=[*MODELS], help="default: both Qwens; with --quick the first")
     parser.add_argument("--modes", nargs="*", choices=MODES, default=list(MODES))
     parser.add_argument("--batches", nargs="*", type=int)
     parser.add_argument("--input", type=int, default=128)
@@ -449,7 +486,7 @@ def main() -> int:
         result = stage_calibrate(args) if args.stage == "calibrate" else stage_measure(args)
         pathlib.Path(args.result).write_text(json.dumps(result))
         return 0
-    names = args.model or ([next(iter(MODELS))] if args.quick else list(MODELS))
+    names = args.model or list(MODELS)[: 1 if args.quick else 2]
     out = args.out or ROOT / "bench" / "results" / f"e2e-{datetime.date.today()}.csv"
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="gpu-e2e-") as scratch_name, out.open("w", newline="", buffering=1) as file:

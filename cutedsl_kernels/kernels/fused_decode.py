@@ -367,12 +367,12 @@ class FusedDecode(TokenSums):
                 sums = self.rows_times_x(
                     ring, first_row, source_row, warp, lane, self.gate_units, self.stage_rows, chains, fragments
                 )
-                self.give_back(empty + stage, lane)
-                stage, phase = self.advance(stage, phase, self.gate_stages)
                 for h in cutlass.range_constexpr(self.stage_rows // 8):
                     row = warp * self.NT + g * self.stage_rows + lane // 4 + 8 * h
                     for c in cutlass.range_constexpr(2):
                         partial[row, (lane % 4) * 2 + c] = sums[2 * h + c]
+                self.release(empty + stage, lane)  # a fence here would wait for tau
+                stage, phase = self.advance(stage, phase, self.gate_stages)
             cute.arch.barrier(barrier_id=GATE_BARRIER, number_of_threads=threads)
             # Every warp finishes its own neurons: 4 neurons x 8 tokens a round.
             a = cute.make_rmem_tensor((rounds,), F32)
@@ -456,7 +456,7 @@ class FusedDecode(TokenSums):
                 rows = cutlass.min(I32(self.chunk), active - start)
                 cute.arch.mbarrier_wait(full + stage, phase)
                 self.up_chunk(ring, stage * self.chunk, rows, warp, lane, fragments, up_sums)
-                self.give_back(empty + stage, lane)
+                self.release(empty + stage, lane)
                 stage, phase = self.advance(stage, phase, self.row_stages)
                 self.multiply(slot, start, rows, thread, up_sums, coefficients, up_biases, products)
                 cute.arch.mbarrier_wait(full + stage, phase)

@@ -44,7 +44,11 @@ class RowRing:
 
     @cute.jit
     def release(self, barrier, lane):
-        """One arrival for the whole warp, after all of its lanes are done (or one a lane, see warp_arrivals)."""
+        """One arrival for the whole warp, after all of its lanes are done (or one a lane, see warp_arrivals).
+
+        For a stage of a ring see give_back, unless something computed from all that was read has been stored before:
+        the arrival comes after that store, and the store after what it needs.
+        """
         cute.arch.sync_warp()
         if cutlass.const_expr(self.warp_arrivals == 32):
             cute.arch.mbarrier_arrive(barrier)
@@ -54,11 +58,11 @@ class RowRing:
 
     @cute.jit
     def give_back(self, empty, lane):
-        """This warp's arrival for a stage of a ring that it has read.
+        """This warp's arrival for a stage of a ring that it has read, where what it made of it stays in registers.
 
         The stage is refilled through another proxy, so a fence has to come first: an ldmatrix may still be under way
-        when its warp arrives, even where its values seem used by then. Seen on an H100 while additions to the output
-        held ldmatrix up: rows of the next tile came first, in up to one of ten launches.
+        when its warp arrives, since nothing makes the arrival wait for the registers. Seen on an H100 while additions
+        to the output held ldmatrix up: rows of the next tile came first, in up to one of ten launches.
         """
         cute.arch.fence_proxy("async.shared", space="cta")
         self.release(empty, lane)

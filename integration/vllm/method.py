@@ -32,8 +32,6 @@ def why_unsupported(layer: Any) -> str | None:
         return "SwiGLU with a clamp is not supported"
     if moe.in_dtype not in ((torch.bfloat16,) if compat.is_cuda() else SUPPORTED_DTYPES):
         return f"activations of type {str(moe.in_dtype).removeprefix('torch.')} are not supported"
-    if compat.is_cuda() and moe.has_bias:
-        return "the GPU kernels for experts with biases have yet to pass all their tests on a device"
     return compat.why_not_dispatched(moe.moe_parallel_config)
 
 

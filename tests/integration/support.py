@@ -38,7 +38,7 @@ ARCHITECTURES = (
     Architecture(
         "gpt-oss",
         "gpt-oss, bf16 weights",
-        note="clamped SwiGLU and biases; on a GPU, and for mxfp4 checkpoints, vLLM's own method runs",
+        note="clamped SwiGLU and biases; for mxfp4 checkpoints vLLM's own method runs",
     ),
     Architecture(
         "deepseek-v2",

@@ -74,7 +74,7 @@ def test_unsupported_layers_fall_back_with_the_reason(
 @pytest.mark.parametrize("cuda", [False, True])
 @pytest.mark.parametrize(
     "layer",
-    [{}, {"activation": "gelu"}, {"activation": "gelu_tanh"}, {"activation": "swigluoai"}],
+    [{}, {"activation": "gelu"}, {"activation": "gelu_tanh"}, {"activation": "swigluoai", "has_bias": True}],
 )
 def test_supported_layers_do_not(layer: dict[str, Any], cuda: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     from cutedsl_kernels.integration.vllm import compat
@@ -82,17 +82,6 @@ def test_supported_layers_do_not(layer: dict[str, Any], cuda: bool, monkeypatch:
 
     monkeypatch.setattr(compat, "is_cuda", lambda: cuda)
     assert why_unsupported(fake_layer(**layer)) is None
-
-
-def test_biases_wait_for_their_device_tests(monkeypatch: pytest.MonkeyPatch) -> None:
-    from cutedsl_kernels.integration.vllm import compat
-    from cutedsl_kernels.integration.vllm.method import why_unsupported
-
-    gpt_oss = {"activation": "swigluoai", "has_bias": True}
-    monkeypatch.setattr(compat, "is_cuda", lambda: False)
-    assert why_unsupported(fake_layer(**gpt_oss)) is None
-    monkeypatch.setattr(compat, "is_cuda", lambda: True)
-    assert "biases" in (why_unsupported(fake_layer(**gpt_oss)) or "")
 
 
 def test_expert_load_balancing_is_refused() -> None:
