@@ -36,7 +36,8 @@ _FUNCTION = re.compile(r"^\.text\.(\S+):")
 
 @dataclass(frozen=True)
 class KernelFacts:
-    """One kernel of a spec. registers: per thread; smem: bytes of a CTA; instructions: SASS mnemonic -> occurrences."""
+    """One kernel of a spec. registers: per thread; smem: bytes of a CTA; instructions: SASS mnemonic -> occurrences;
+    early_arrivals: see early_arrivals."""
 
     spec: KernelSpec
     kernel: str
@@ -44,6 +45,7 @@ class KernelFacts:
     registers: int
     smem: int
     instructions: Counter[str]
+    early_arrivals: int
 
     @property
     def register_limit(self) -> int:
@@ -65,12 +67,15 @@ class KernelFacts:
 def inspect_kernels(spec: KernelSpec) -> list[KernelFacts]:
     """Compiles ``spec`` (the cache is left alone) and reads its kernels, in the order of their first launch."""
     listing = compile_listing(spec)
-    registers, instructions = _registers(listing.cubin), _instructions(listing.cubin)
+    sass = _sass(listing.cubin)
+    registers, instructions, early = _registers(listing.cubin), _instructions(sass), early_arrivals(sass)
     launches = dict(_launches(listing.host))
     if set(launches) != set(registers):
         raise RuntimeError(f"{spec.name}: launched {sorted(launches)}, but the cubin holds {sorted(registers)}")
     return [
-        KernelFacts(spec, _short(spec, name, len(launches)), threads, registers[name], smem, instructions[name])
+        KernelFacts(
+            spec, _short(spec, name, len(launches)), threads, registers[name], smem, instructions[name], early[name]
+        )
         for name, (threads, smem) in launches.items()
     ]
 
@@ -128,11 +133,41 @@ def _sections(elf: bytes) -> dict[str, bytes]:
     return found
 
 
-def _instructions(cubin: bytes) -> dict[str, Counter[str]]:
+def _sass(cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        sass = subprocess.run([_disassembler(), "-c", file.name], check=True, capture_output=True, text=True).stdout
+        return subprocess.run([_disassembler(), "-c", file.name], check=True, capture_output=True, text=True).stdout
+
+
+def early_arrivals(sass: str) -> dict[str, int]:
+    """Arrivals at an mbarrier of each kernel that stand before the first use of a register that an ldmatrix fills.
+
+    Until that use the ldmatrix may still be reading, and what the arrival gives back be overwritten by a bulk copy.
+    Follows the order of the listing, so it sees what the assembler moved within straight code.
+    """
+    found: dict[str, int] = {}
+    current, unused = "", set[int]()
+    for line in sass.splitlines():
+        if m := _FUNCTION.match(line):
+            current, unused = m[1], set()
+            found[current] = 0
+        elif m := _INSTRUCTION.match(line):
+            operands = line[m.end() :].split(",")
+            registers = [[int(n) for n in re.findall(r"\bR(\d+)", operand)] for operand in operands]
+            if m[1].startswith("LDSM"):
+                first = registers[0][0]
+                unused |= set(range(first, first + int(m[1].rsplit(".", 1)[1])))
+            elif m[1].startswith("SYNCS.ARRIVE"):
+                found[current] += bool(unused)
+            else:
+                sources = registers if m[1].startswith("ST") else registers[1:]
+                width = 4 if m[1].startswith("HMMA.16816") else 2 if m[1].startswith("HMMA") else 1
+                unused -= {n + i for numbers in sources for n in numbers for i in range(width)}
+    return found
+
+
+def _instructions(sass: str) -> dict[str, Counter[str]]:
     found: dict[str, Counter[str]] = {}
     current: Counter[str] = Counter()
     for line in sass.splitlines():

@@ -431,6 +431,7 @@ class FusedDecode(TokenSums):
         _, list_size, coefficients, up_biases, list_full, list_empty = queue
         accum, w2_bias = totals[0], totals[4]
         pair_expert, (tokens, weights, lane) = block_of[2][0], block_of[3:]
+        _, _, zero = cute.arch.block_idx()  # of a grid one CTA deep, which the compiler does not know
         stage, phase = I32(0), I32(0)
         slot, slot_phase = I32(0), I32(0)
         current, expert, count, tiles_done = I32(-1), I32(0), I32(0), I32(0)
@@ -460,8 +461,8 @@ class FusedDecode(TokenSums):
                 stage, phase = self.advance(stage, phase, self.row_stages)
                 self.multiply(slot, start, rows, thread, up_sums, coefficients, up_biases, products)
                 cute.arch.mbarrier_wait(full + stage, phase)
-                self.down_chunk(ring, stage * self.chunk, rows, warp, lane, products, sums, tokens, count, accum)
-                self.give_back(empty + stage, lane)
+                seen = self.down_chunk(ring, stage * self.chunk, rows, warp, lane, products, sums, tokens, count, accum)
+                self.release(empty + stage + (seen & zero), lane)
                 stage, phase = self.advance(stage, phase, self.row_stages)
             self.release(list_empty + slot, lane)
             slot, slot_phase = self.advance(slot, slot_phase, LIST_QUEUE)
@@ -504,8 +505,10 @@ class FusedDecode(TokenSums):
     def down_chunk(self, ring, stage_row, rows, warp, lane, products, sums, tokens, count, accum):
         """sums [4, 2, units] += down rows^T . h for the warp's columns; h of slots past ``rows`` is zero.
 
-        Without keep_sums, sums has room for one unit, which is added to accum at once.
+        Without keep_sums, sums has room for one unit, which is added to accum at once. Returns bits of every MMA's
+        result: what is computed from them comes after all that was read of the stage (RowRing.release).
         """
+        seen = I32(0)
         load, mma = load_matrices(True), mma_16x8x8()
         h = cute.make_rmem_tensor((2,), BF16)
         for c in cutlass.range_constexpr(2):
@@ -523,5 +526,7 @@ class FusedDecode(TokenSums):
                 a = cute.make_tensor(columns.iterator + 4 * half, cute.make_layout(((2, 2), 1), stride=((1, 2), 0)))
                 c = cute.make_tensor(sums[None, half, place].iterator, cute.make_layout((4, 1, 1), stride=(1, 0, 0)))
                 cute.gemm(mma, c, a, b, c)
+                seen |= cute.recast_tensor(sums[None, half, place], I32)[0]
             if cutlass.const_expr(not self.keep_sums):
                 self.add_to_output(sums, u, 1, tokens, count, warp, lane, accum)
+        return seen

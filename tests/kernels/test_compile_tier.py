@@ -36,6 +36,8 @@ def faults(fact: KernelFacts) -> list[str]:
     found = []
     if fact.local_accesses:
         found.append(f"{fact.local_accesses} loads and stores of local memory")
+    if fact.early_arrivals:
+        found.append(f"{fact.early_arrivals} arrivals at an mbarrier while an ldmatrix may still be reading")
     if fact.registers > fact.register_limit:
         found.append(f"{fact.registers} registers, {fact.threads} threads can have {fact.register_limit}")
     if fact.smem > SMEM_LIMIT:
