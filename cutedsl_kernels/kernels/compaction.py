@@ -49,3 +49,20 @@ def offset_of_warp(counts: cute.Tensor, warp: cutlass.Int32, num_warps: cutlass.
         before += count if w < warp else I32(0)
         total += count
     return before, total
+
+
+@cute.jit
+def inclusive_sum(value: cutlass.Int32, lane: cutlass.Int32) -> cutlass.Int32:
+    """Sum of the values of the lanes up to this one."""
+    for step in cutlass.range_constexpr(5):
+        other = cute.arch.shuffle_sync_up(value, 1 << step, mask_and_clamp=0)
+        value += other if lane >= (1 << step) else I32(0)
+    return value
+
+
+@cute.jit
+def same_in_warp(value: cutlass.Int32) -> cutlass.Uint32:
+    """The lanes whose value is this lane's."""
+    return cute.arch.inline_ptx(
+        "match.any.sync.b32 {$w0}, {$r0}, 0xffffffff;", write_only_types=[U32], read_only_args=[value]
+    )

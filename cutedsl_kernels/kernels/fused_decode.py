@@ -462,7 +462,12 @@ class FusedDecode(TokenSums):
                 self.multiply(slot, start, rows, thread, up_sums, coefficients, up_biases, products)
                 cute.arch.mbarrier_wait(full + stage, phase)
                 seen = self.down_chunk(ring, stage * self.chunk, rows, warp, lane, products, sums, tokens, count, accum)
-                self.release(empty + stage + (seen & zero), lane)
+                if cutlass.const_expr(self.keep_sums):
+                    self.release(empty + stage + (seen & zero), lane)
+                else:  # every product was added to accum, but for those of a warp whose columns end before the unit
+                    if cutlass.const_expr(self.ragged):
+                        cute.arch.fence_proxy("async.shared", space="cta")
+                    self.release(empty + stage, lane)
                 stage, phase = self.advance(stage, phase, self.row_stages)
             self.release(list_empty + slot, lane)
             slot, slot_phase = self.advance(slot, slot_phase, LIST_QUEUE)
@@ -505,8 +510,8 @@ class FusedDecode(TokenSums):
     def down_chunk(self, ring, stage_row, rows, warp, lane, products, sums, tokens, count, accum):
         """sums [4, 2, units] += down rows^T . h for the warp's columns; h of slots past ``rows`` is zero.
 
-        Without keep_sums, sums has room for one unit, which is added to accum at once. Returns bits of every MMA's
-        result: what is computed from them comes after all that was read of the stage (RowRing.release).
+        Without keep_sums, sums has room for one unit, which is added to accum at once. With it, returns bits of every
+        MMA's result: what is computed from them comes after all that was read of the stage (RowRing.release).
         """
         seen = I32(0)
         load, mma = load_matrices(True), mma_16x8x8()
@@ -526,7 +531,8 @@ class FusedDecode(TokenSums):
                 a = cute.make_tensor(columns.iterator + 4 * half, cute.make_layout(((2, 2), 1), stride=((1, 2), 0)))
                 c = cute.make_tensor(sums[None, half, place].iterator, cute.make_layout((4, 1, 1), stride=(1, 0, 0)))
                 cute.gemm(mma, c, a, b, c)
-                seen |= cute.recast_tensor(sums[None, half, place], I32)[0]
+                if cutlass.const_expr(self.keep_sums):
+                    seen |= cute.recast_tensor(sums[None, half, place], I32)[0]
             if cutlass.const_expr(not self.keep_sums):
                 self.add_to_output(sums, u, 1, tokens, count, warp, lane, accum)
         return seen

@@ -12,7 +12,7 @@ import cutlass
 import cutlass.cute as cute
 
 from ..configs import max_blocks
-from .compaction import rank_in_group
+from .compaction import inclusive_sum, rank_in_group, same_in_warp
 from .primitives import I32, U32, vector
 
 LANE_PAIRS = 4  # pairs that one lane looks at at a time
@@ -54,32 +54,69 @@ class PairTable:
 
         Nothing before this call may read what an earlier launch wrote: it waits for that launch (dependent launch).
         """
+        if cute.size(topk_ids) <= 32:
+            self.build_in_warp(
+                topk_ids, topk_weights, expert_map, pair_threshold, pair_expert, first_block, block_expert, thread
+            )
+        else:
+            num_pairs = cute.size(topk_ids)
+            for e in cutlass.range(thread, self.num_experts + 1, num_threads, unroll=1):
+                first_block[e] = 0
+            looked_at = (U32(num_pairs) + (32 * LANE_PAIRS - 1)) // (32 * LANE_PAIRS) * (32 * LANE_PAIRS)
+            for p in cutlass.range(num_pairs + thread, I32(looked_at), num_threads, unroll=1):
+                pair_expert[p] = cutlass.Int16(-1)
+            cute.arch.sync_threads()
+            cute.arch.griddepcontrol_wait()  # what the launch before this one wrote is visible from here on
+            for p in cutlass.range(thread, num_pairs, num_threads, unroll=1):
+                expert = self.expert_of_pair(p, topk_ids, topk_weights, expert_map, pair_threshold)
+                pair_expert[p] = cutlass.Int16(expert)
+                if expert >= 0:
+                    cute.arch.atomic_add(first_block.iterator + expert, I32(1), sem="relaxed", scope="cta")
+            cute.arch.sync_threads()
+            if thread < 32:
+                self.number_blocks(first_block, block_expert, thread)
+        cute.arch.sync_threads()
+
+    @cute.jit
+    def expert_of_pair(self, pair, topk_ids, topk_weights, expert_map, pair_threshold):
+        """The local expert that computes a pair, or -1."""
         num_pairs = cute.size(topk_ids)
-        for e in cutlass.range(thread, self.num_experts + 1, num_threads, unroll=1):
-            first_block[e] = 0
-        looked_at = (U32(num_pairs) + (32 * LANE_PAIRS - 1)) // (32 * LANE_PAIRS) * (32 * LANE_PAIRS)
-        for p in cutlass.range(num_pairs + thread, I32(looked_at), num_threads, unroll=1):
-            pair_expert[p] = cutlass.Int16(-1)
-        cute.arch.sync_threads()
-        cute.arch.griddepcontrol_wait()  # what the launch before this one wrote is visible from here on
-        ids = cute.make_tensor(topk_ids.iterator, cute.make_layout((num_pairs,)))
-        routing = cute.make_tensor(topk_weights.iterator, cute.make_layout((num_pairs,)))
-        for p in cutlass.range(thread, num_pairs, num_threads, unroll=1):
-            expert = ids[p]
-            weight = routing[p]
-            if cutlass.const_expr(self.has_expert_map):
-                local = I32(-1)
-                if expert >= 0 and expert < cute.size(expert_map):
-                    local = expert_map[expert]
-                expert = local
-            valid = expert >= 0 and expert < self.num_experts and not (weight < pair_threshold)
-            pair_expert[p] = cutlass.Int16(expert) if valid else cutlass.Int16(-1)
-            if valid:
-                cute.arch.atomic_add(first_block.iterator + expert, I32(1), sem="relaxed", scope="cta")
-        cute.arch.sync_threads()
+        expert = cute.make_tensor(topk_ids.iterator, cute.make_layout((num_pairs,)))[pair]
+        weight = cute.make_tensor(topk_weights.iterator, cute.make_layout((num_pairs,)))[pair]
+        if cutlass.const_expr(self.has_expert_map):
+            local = I32(-1)
+            if expert >= 0 and expert < cute.size(expert_map):
+                local = expert_map[expert]
+            expert = local
+        valid = expert >= 0 and expert < self.num_experts and not (weight < pair_threshold)
+        return expert if valid else I32(-1)
+
+    @cute.jit
+    def build_in_warp(
+        self, topk_ids, topk_weights, expert_map, pair_threshold, pair_expert, first_block, block_expert, thread
+    ):
+        """build for at most 32 pairs, one a lane of the first warp. Experts are numbered in the order of their first
+        pair, and ``first_block`` is filled only for those that have one."""
+        if thread < 32 * LANE_PAIRS:  # as many as pairs_of_block looks at
+            pair_expert[thread] = cutlass.Int16(-1)
+        cute.arch.griddepcontrol_wait()
         if thread < 32:
-            self.number_blocks(first_block, block_expert, thread)
-        cute.arch.sync_threads()
+            cute.arch.sync_warp()
+            expert = I32(-1)
+            if thread < cute.size(topk_ids):
+                expert = self.expert_of_pair(thread, topk_ids, topk_weights, expert_map, pair_threshold)
+                pair_expert[thread] = cutlass.Int16(expert)
+            same = same_in_warp(expert)
+            leads = expert >= 0 and (same & cute.arch.lanemask_lt()) == 0
+            blocks = self.blocks_of(cute.arch.popc(same)) if leads else I32(0)
+            through = inclusive_sum(blocks, thread)
+            if leads:
+                first = through - blocks
+                first_block[expert] = first
+                for i in cutlass.range(blocks, unroll=1):
+                    block_expert[first + i] = cutlass.Int16(expert)
+            if thread == 31:
+                first_block[self.num_experts] = through
 
     @cute.jit
     def number_blocks(self, first_block: cute.Tensor, block_expert: cute.Tensor, lane: cutlass.Int32):
@@ -93,10 +130,7 @@ class PairTable:
             if e < self.num_experts:
                 blocks[i] = self.blocks_of(first_block[e])
             mine += blocks[i]
-        total = mine
-        for step in cutlass.range_constexpr(5):
-            other = cute.arch.shuffle_sync_up(total, 1 << step, mask_and_clamp=0)
-            total += other if lane >= (1 << step) else I32(0)
+        total = inclusive_sum(mine, lane)
         running = total - mine
         for i in cutlass.range_constexpr(chunk):
             e = lane * chunk + i

@@ -84,9 +84,8 @@ class TokenSums(RowRing):
         expected = self.table.pairs_of_token(token, pair_expert) * self.tiles
         cute.arch.barrier(barrier_id=ROW_BARRIER, number_of_threads=threads)
         if thread < count:
-            cute.arch.fence_acq_rel_gpu()  # covers the additions of all threads that met at the barrier
-            done = cute.arch.atomic_add(counters.iterator + token, tiles_done, sem="relaxed", scope="gpu")
-            cute.arch.fence_acq_rel_gpu()
+            # Releases the additions of all threads that met at the barrier, and acquires those of other CTAs.
+            done = cute.arch.atomic_add(counters.iterator + token, tiles_done, sem="acq_rel", scope="gpu")
             complete[thread] = I32(1) if done + tiles_done == expected else I32(0)
         cute.arch.barrier(barrier_id=ROW_BARRIER, number_of_threads=threads)
         for slot in cutlass.range(count, unroll=1):
