@@ -184,6 +184,7 @@ def engine_arguments(args: argparse.Namespace) -> dict[str, Any]:
     }
     if args.cuda:
         found["attention_backend"] = "TRITON_ATTN"
+        found["additional_config"] = {"gdn_prefill_backend": "triton"}  # linear attention without FlashInfer
     if args.quick:  # graphs of the decode steps without torch.compile: half the time to start
         found["compilation_config"] = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
     return found
