@@ -26,12 +26,15 @@ import datetime
 import json
 import os
 import pathlib
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from typing import Any
+
+from source_tree import source_tree
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ROUTED_TARGET, ROUTED_SKIP = 0.9, 0.35
@@ -159,17 +162,6 @@ COLUMNS = [
     "ratio",
     "prefill_ratio",
 ]
-
-
-def source_tree(scratch: pathlib.Path) -> str:
-    """A folder to put on PYTHONPATH in which the package has the layout that an installation gives it."""
-    package = scratch / "tree" / "cutedsl_kernels"
-    package.mkdir(parents=True)
-    for child in (ROOT / "cutedsl_kernels").iterdir():
-        (package / child.name).symlink_to(child)
-    for name in ("autotune", "bench", "integration"):
-        (package / name).symlink_to(ROOT / name)
-    return str(package.parent)
 
 
 def engine_arguments(args: argparse.Namespace) -> dict[str, Any]:
@@ -419,9 +411,19 @@ def benchmark(
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     args.target = args.target or cutoff
-    calibrated = run_stage(args, "calibrate", "profiles", folder, environment)
-    if calibrated is None:
-        return False
+    kept = None if args.profiles is None else args.profiles / f"{name}-{layers}-{args.target:g}"
+    if kept is not None and kept.is_dir():
+        shutil.copytree(kept, folder, dirs_exist_ok=True)
+        calibrated = json.loads((folder / "calibrated.json").read_text())
+    else:
+        calibrated = run_stage(args, "calibrate", "profiles", folder, environment)
+        if calibrated is None:
+            return False
+        if kept is not None:
+            kept.mkdir(parents=True)
+            (folder / "calibrated.json").write_text(json.dumps(calibrated))
+            for file in ("paper.json", "routed.json", "calibrated.json"):
+                shutil.copy(folder / file, kept)
     known = facts()
     stock: dict[str, Any] = {}
     complete = True
@@ -471,6 +473,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int)
     parser.add_argument("--layers", type=int, help="cut the model to this many layers")
     parser.add_argument("--target", type=float, help="target sparsity of mode paper")
+    parser.add_argument("--profiles", type=pathlib.Path, help="folder to keep profiles in, and to take them from")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--profile", action="store_true", help="print a breakdown of the device's time for each mode")
     parser.add_argument("--out", type=pathlib.Path, help="CSV to write; default: bench/results/e2e-<date>.csv")
@@ -501,7 +504,7 @@ def main() -> int:
             **os.environ,
         }
         environment["PYTHONPATH"] = os.pathsep.join(
-            part for part in (source_tree(scratch), os.environ.get("PYTHONPATH")) if part
+            part for part in (source_tree(scratch / "tree"), os.environ.get("PYTHONPATH")) if part
         )
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()

@@ -25,9 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import corpus
 
+from cutedsl_kernels.cli.calibrate import LEARN_STEPS
 from cutedsl_kernels.quality import budgets
 from cutedsl_kernels.quality.hf import MoEModel
-from cutedsl_kernels.quality.learned import STEPS, learn_thresholds
+from cutedsl_kernels.quality.learned import learn_thresholds
 from cutedsl_kernels.quality.metrics import Quality, byte_gain_batch_1
 from cutedsl_kernels.quality.scores import SCORES, row_norms
 from cutedsl_kernels.quality.search import (
@@ -105,7 +106,7 @@ class Study:
         }
         self.scored: dict[str, Scored] = {}
 
-    def record(self, names: Sequence[str] | None = None, steps: int = STEPS) -> None:
+    def record(self, names: Sequence[str] | None = None, steps: int = LEARN_STEPS) -> None:
         """Every score (or those of SCORES named), from one recording of each kind of moment."""
         model, text = self.model, self.calibration
         moments = record_moments(model, text)
@@ -279,7 +280,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=32768, help="held-out tokens; as many for calibration")
     parser.add_argument("--text", type=Path, help="evaluate on this file's second half, calibrate on its first")
     parser.add_argument("--learn-tokens", type=int, default=65536, help="calibration tokens to learn from")
-    parser.add_argument("--steps", type=int, default=STEPS, help="steps of learning")
+    parser.add_argument("--steps", type=int, default=LEARN_STEPS, help="steps of learning")
     parser.add_argument("--quick", action="store_true", help="fewer scores, budgets and goals: minutes on a CPU")
     parser.add_argument("--device", default="auto")
     arguments = parser.parse_args()

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..integration.vllm.calibrate import LearnedParts
 
 MINIMUM_TOKENS = 1024
+LEARN_STEPS = 120  # what the published figures were learned with
 AUTO_WITHOUT_LEARNING = "moments-routed"  # what --score auto is where thresholds cannot be learned
 SHARE_OF_GPU = 0.4  # of its free memory that a checkpoint may take to be learned from: down rows are there twice
 LARGEST_ON_CPU = 100_000_000  # bytes of a checkpoint that --score auto learns from without a GPU: minutes
@@ -47,7 +48,7 @@ def calibrate(
     ] = "auto",
     learn_steps: Annotated[
         int, typer.Option(help="Steps of training for the scores learned and learned-routed.")
-    ] = 200,
+    ] = LEARN_STEPS,
     skip_pairs: Annotated[
         str,
         typer.Option(

@@ -63,6 +63,4 @@ def inclusive_sum(value: cutlass.Int32, lane: cutlass.Int32) -> cutlass.Int32:
 @cute.jit
 def same_in_warp(value: cutlass.Int32) -> cutlass.Uint32:
     """The lanes whose value is this lane's."""
-    return cute.arch.inline_ptx(
-        "match.any.sync.b32 {$w0}, {$r0}, 0xffffffff;", write_only_types=[U32], read_only_args=[value]
-    )
+    return U32(cute.arch.match_sync(0xFFFFFFFF, value))

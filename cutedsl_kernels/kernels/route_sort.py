@@ -17,6 +17,7 @@ from __future__ import annotations
 import cutlass
 import cutlass.cute as cute
 
+from .compaction import inclusive_sum, same_in_warp
 from .primitives import BF16, F32, I32, U32, SmemAllocator, vector
 from .staged_common import StagedSpec
 
@@ -136,7 +137,7 @@ class RouteSort:
                     if pair < num_pairs:
                         here = expert + 1 if cutlass.const_expr(self.spec.has_bias) else I32(1)
                         kept[pair] = here if expert < experts else I32(0)
-                    same = U32(cute.arch.match_sync(0xFFFFFFFF, expert))
+                    same = same_in_warp(expert)
                     if expert < experts and (same & below) == 0:
                         counts[warp, expert] = counts[warp, expert] + I32(cute.arch.popc(same))
                     cute.arch.sync_warp()
@@ -162,7 +163,7 @@ class RouteSort:
             for i in cutlass.range_constexpr(BATCH):
                 if step + i < steps:
                     expert = local[i]
-                    same = U32(cute.arch.match_sync(0xFFFFFFFF, expert))
+                    same = same_in_warp(expert)
                     if expert < experts:
                         position = start[expert] + counts[warp, expert] + I32(cute.arch.popc(same & below))
                         sorted_pairs[position] = begin + (step + i) * 32 + lane
@@ -183,17 +184,11 @@ class RouteSort:
                 count = totals[expert]
                 pairs += count
                 blocks += self.items_of(count)
-        mine_pairs, mine_blocks = pairs, blocks
-        for step in cutlass.range_constexpr(5):
-            other_pairs = cute.arch.shuffle_sync_up(pairs, 1 << step, mask_and_clamp=0)
-            other_blocks = cute.arch.shuffle_sync_up(blocks, 1 << step, mask_and_clamp=0)
-            if lane >= (1 << step):
-                pairs += other_pairs
-                blocks += other_blocks
+        all_blocks = inclusive_sum(blocks, lane)
         if lane == 31:
-            first_item[experts] = blocks
-        pairs -= mine_pairs
-        blocks -= mine_blocks
+            first_item[experts] = all_blocks
+        pairs = inclusive_sum(pairs, lane) - pairs
+        blocks = all_blocks - blocks
         for i in cutlass.range_constexpr(chunk):
             expert = lane * chunk + i
             if expert < experts:

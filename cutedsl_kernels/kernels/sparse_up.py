@@ -16,6 +16,7 @@ from __future__ import annotations
 import cutlass
 import cutlass.cute as cute
 
+from .compaction import inclusive_sum
 from .primitives import BF16, F32, I32, I64, SmemAllocator, transform_up
 from .staged_common import LINE, ROWS, StagedSpec, item_fields, load_item
 
@@ -161,10 +162,7 @@ class SparseUp:
             count = I32(0)
             if tile < tiles:
                 count = counts[item, tile]
-            total = count
-            for step in cutlass.range_constexpr(5):
-                other = cute.arch.shuffle_sync_up(total, 1 << step, mask_and_clamp=0)
-                total += other if lane >= (1 << step) else I32(0)
+            total = inclusive_sum(count, lane)
             if tile < tiles:
                 prefix[tile + 1] = carried + total
             carried += cute.arch.shuffle_sync(total, 31)

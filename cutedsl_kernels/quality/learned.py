@@ -26,7 +26,6 @@ from .scores import SCORES
 from .search import Scored, spread_sequences
 
 ANCHORS = (0.5, 0.7, 0.8, 0.9, 0.95)  # average sparsities trained for, in turn
-STEPS = 120
 BATCH_TOKENS = 2048
 START_TOKENS = 8192  # for the moments and thresholds that training starts from
 LEARNING_RATE = 0.03  # of log c, for a neuron whose keeping is worth twice its price
@@ -137,7 +136,7 @@ def learn_thresholds(
     sequences: Sequence[Sequence[int]],
     *,
     router_weighted: bool = True,
-    steps: int = STEPS,
+    steps: int,
     anchors: Sequence[float] = ANCHORS,
     seed: int = 0,
     progress: Callable[[int], Any] = lambda steps: None,

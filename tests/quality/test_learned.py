@@ -66,7 +66,7 @@ def test_learning_lowers_kl_and_keeps_the_average(seed: int) -> None:
 def test_wrong_arguments_are_refused(seed: int) -> None:
     model = small_model(seed)
     with pytest.raises(ValueError, match="anchors lie between 0 and 1"):
-        learn_thresholds(model, texts(seed), anchors=(0.5, 1.0))
+        learn_thresholds(model, texts(seed), steps=1, anchors=(0.5, 1.0))
     with pytest.raises(UserError, match="give more text"):
         learn_thresholds(model, [[3]], steps=1)
 
