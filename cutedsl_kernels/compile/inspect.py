@@ -31,6 +31,7 @@ _FIELD = re.compile(r"(%\d+) = llvm\.getelementptr (%\d+)\[0, (2|1, 0)\] .*" + r
 _STORE = re.compile(r"llvm\.store (%\w+), (%\d+) :")
 _LAUNCHED = re.compile(r"llvm\.mlir\.addressof @kernels_(\w+)")
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)")
+_FRAGMENTS = {"HMMA.16816": (4, 4, 2, 4), "HMMA.1688": (4, 2, 1, 4)}  # registers of an operand: D, A, B, C
 _FUNCTION = re.compile(r"^\.text\.(\S+):")
 
 
@@ -161,9 +162,11 @@ def early_arrivals(sass: str) -> dict[str, int]:
             elif m[1].startswith("SYNCS.ARRIVE"):
                 found[current] += bool(unused)
             else:
-                sources = registers if m[1].startswith("ST") else registers[1:]
-                width = 4 if m[1].startswith("HMMA.16816") else 2 if m[1].startswith("HMMA") else 1
-                unused -= {n + i for numbers in sources for n in numbers for i in range(width)}
+                widths = next((w for name, w in _FRAGMENTS.items() if m[1].startswith(name)), ())
+                for i, numbers in enumerate(registers):
+                    if i or m[1].startswith("ST"):  # else what it writes
+                        width = widths[i] if i < len(widths) else 1
+                        unused -= {n + j for n in numbers for j in range(width)}
     return found
 
 

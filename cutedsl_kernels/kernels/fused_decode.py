@@ -230,22 +230,22 @@ class FusedDecode(TokenSums):
         block_of = (num_pairs, topk_weights, table, tokens, weights, lane)
         gate, rows = (gate_ring, gate_full, gate_empty), (row_ring, row_full, row_empty)
         queue = (lists, list_size, coefficients, up_biases, list_full, list_empty)
-        if warp < self.gate_warps:
+        if warp >= self.gate_warps + self.row_warps:  # first, so that their code follows the table's without a jump
+            self.set_registers(PRODUCER_REGISTERS)
+            if warp == self.gate_warps + self.row_warps:
+                self.gate_producer(share, block_expert, w13, gate, lane)
+            if warp == self.gate_warps + self.row_warps + 1:
+                self.row_producer(share, block_expert, w13, w2_rows, rows, queue, lane)
+        elif warp < self.gate_warps:
             self.set_registers(self.gate_registers)
             self.gate_role(share, block_of, x, thread, warp, gate, queue, gate_sums, thresholds, w13_bias, warp_counts)
-        elif warp < self.gate_warps + self.row_warps:
+        else:
             thread -= 32 * self.gate_warps
             self.set_registers(self.row_registers)
             self.clear_unrouted(pair_expert, out, thread, cta, num_ctas)
             totals = (accum, counters, out, complete, w2_bias)
             warp -= self.gate_warps
             self.up_down_role(share, block_of, x, thread, warp, rows, queue, up_sums, products, totals)
-        else:
-            self.set_registers(PRODUCER_REGISTERS)
-            if warp == self.gate_warps + self.row_warps:
-                self.gate_producer(share, block_expert, w13, gate, lane)
-            if warp == self.gate_warps + self.row_warps + 1:
-                self.row_producer(share, block_expert, w13, w2_rows, rows, queue, lane)
 
     def set_registers(self, count: int):
         """Registers of this warpgroup's threads from here on (setmaxnreg)."""

@@ -91,16 +91,16 @@ class TokenSums(RowRing):
         for slot in cutlass.range(count, unroll=1):
             if complete[slot] != 0:
                 token = tokens[slot]
-                source = accum.iterator + I64(token) * self.H
-                target = out.iterator + I64(token) * self.H
+                row = I64(token) * self.H
                 for group in cutlass.range(thread, self.H // 4, threads, unroll=1):
                     values = cute.make_rmem_tensor((4,), F32)
-                    cute.autovec_copy(vector(source, group * 4, 4, 4), values)
+                    source = vector(accum.iterator, row + group * 4, 4, 4)
+                    cute.autovec_copy(source, values)
                     cast = cute.make_rmem_tensor((4,), BF16)
                     for c in cutlass.range_constexpr(4):
                         cast[c] = BF16(values[c])
                         values[c] = F32(0.0)
-                    cute.autovec_copy(values, vector(source, group * 4, 4, 4))
-                    cute.autovec_copy(cast, vector(target, group * 4, 4, 4))
+                    cute.autovec_copy(values, source)
+                    cute.autovec_copy(cast, vector(out.iterator, row + group * 4, 4, 4))
                 if thread == 0:
                     counters[token] = 0

@@ -302,6 +302,33 @@ def test_launch_costs_at_most_six_microseconds(seed: int, monkeypatch: pytest.Mo
     assert launch_us <= 6.0
 
 
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_relaying_takes_one_expert_more(interleaved: bool) -> None:
+    experts, hidden, inter = 16, 1024, 512
+    w13 = torch.randn(experts, 2 * inter, hidden, device="cuda").bfloat16()
+    w2 = torch.randn(experts, hidden, inter, device="cuda").bfloat16()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    weights = ExpertWeights.from_w13_w2(w13, w2, interleaved=interleaved)
+    one_expert = (w13 if interleaved else w2)[0].nbytes
+    assert torch.cuda.max_memory_allocated() - before <= one_expert
+    assert torch.cuda.memory_allocated() == before
+    assert weights.w2_rows.data_ptr() == w2.data_ptr()
+
+
+@pytest.mark.parametrize("name", ["fused", "staged"])
+def test_warm_launches_allocate_nothing(name: str, seed: int) -> None:
+    case, out = on_gpu(seed, 16), poisoned(on_gpu(seed, 16))
+    sparse_moe(**case.arguments, plan=PLANS[name], out=out)
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    for _ in range(20):
+        sparse_moe(**case.arguments, plan=PLANS[name], out=out)
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+
+
 # ---- compute-sanitizer -----------------------------------------------------------------------------------------------
 
 

@@ -77,10 +77,11 @@ def test_sparsity_and_tokens(run_ptx, seed, config, sparsity, tokens):
     [("one-expert", 0.0), ("repeated", 0.4), ("zipf", 0.9), ("uniform", 1.0)],
     ids=["all-on-one-expert", "repeated-ids", "most-pairs-dropped", "all-pairs-dropped"],
 )
-def test_routings_and_dropped_pairs(run_ptx, seed, routing, skip_pairs):
+@pytest.mark.parametrize("num_tokens", [11, 16, 23])  # up to 32 pairs are put in order by one warp, more by the CTA
+def test_routings_and_dropped_pairs(run_ptx, seed, routing, skip_pairs, num_tokens):
     problem = random_problem(
         seed,
-        num_tokens=11,
+        num_tokens=num_tokens,
         num_experts=4,
         top_k=2,
         hidden_size=128,
@@ -93,11 +94,12 @@ def test_routings_and_dropped_pairs(run_ptx, seed, routing, skip_pairs):
 
 
 @pytest.mark.parametrize("experts", [1, 7])
-def test_remote_experts_and_wrong_ids(run_ptx, seed, experts):
+@pytest.mark.parametrize("num_tokens", [9, 35])
+def test_remote_experts_and_wrong_ids(run_ptx, seed, experts, num_tokens):
     """An expert map, ids past its end and negative ones; hidden units that do not divide evenly over the warps."""
     problem = random_problem(
         seed,
-        num_tokens=9,
+        num_tokens=num_tokens,
         num_experts=experts,
         top_k=1,
         hidden_size=192,
