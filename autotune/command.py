@@ -57,9 +57,12 @@ def _shares(text: str) -> list[float]:
 def _shape(text: str) -> MoEShape:
     try:
         experts, hidden, inter, top_k = (int(part) for part in text.split(","))
-        return MoEShape(experts, top_k, hidden, inter)
+        shape = MoEShape(experts, top_k, hidden, inter)
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be E,H,I,k as four positive integers, got {text!r}") from None
+    if top_k > experts:
+        raise argparse.ArgumentTypeError(f"must be E,H,I,k with k at most E, got {text!r}")
+    return shape
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
@@ -113,12 +116,19 @@ def _run(options: argparse.Namespace) -> int:
     for name in ("budget", "candidates"):
         if getattr(options, name) <= 0:
             raise UserError(f"--{name} must be positive, got {getattr(options, name):g}")
+    for name in ("tp", "ep"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} must be at least 1, got {getattr(options, name)}")
+    if sum((options.dry_run, options.compile_only, options.simulate is not None)) > 1:
+        raise UserError("give one of --dry-run, --compile-only and --simulate")
     layer, shares = layer_of(options)
     bins = ordered_bins(
         options.tokens or default_tokens(), [(s, p) for s in shares for p in options.pair_skip if p <= s]
     )
     if not bins:
         raise UserError("--pair-skip must not exceed --sparsity, of which skipped pairs are a part")
+    for s, p in ((s, p) for s in shares for p in options.pair_skip if p > s):
+        print(f"left out: {p:g} of the pairs skipped at sparsity {s:g}, of which they are a part", file=sys.stderr)
     if options.out is not None:
         os.environ["CUTEDSL_KERNELS_CACHE_DIR"] = str(options.out / "compiled")
     if options.dry_run:
@@ -196,6 +206,8 @@ def _from_config(path: Path) -> tuple[MoEShape, str]:
     except OSError as error:
         names = ", ".join(KNOWN_MODELS)
         raise UserError(f"--model {path}: {error.strerror}: give a checkpoint folder or one of {names}") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"--model {path}: not JSON ({error}): give a checkpoint folder or its config.json") from None
     except (ValueError, AttributeError) as error:
         raise UserError(f"--model {path}: {error}") from None
     activation = (config.get("text_config") or config).get("hidden_act", "silu")
@@ -207,6 +219,8 @@ def make_timer(options: argparse.Namespace, layer: TunedLayer) -> Timer:
         return SimulatedTimer(layer, options.simulate, delay_s=options.simulate_delay)
     import torch
 
+    if options.device != "cpu" and not options.device.startswith("cuda"):
+        raise UserError(f"--device must be cuda, cuda:N or cpu, got {options.device!r}")
     if options.device != "cpu" and not torch.cuda.is_available():
         raise UserError("tuning needs an sm_90 GPU and torch sees none: use --dry-run or --compile-only here")
     dense = options.dense
@@ -285,11 +299,13 @@ def _report(options: argparse.Namespace, summary: Summary, path: Path, folder: P
         where = Bin(row["num_tokens"], row["sparsity"], row["pair_skip"])
         print(f"{where!s:<28} {name:<7} {row['us']:>9.1f} us  {ratio}")
     for cause, count in sorted(summary.failures.items()):
-        print(f"{count} plans failed: {cause}")
+        print(f"{count} plans failed: {cause}, such as: {summary.examples[cause]}")
     if summary.skipped:
-        print(f"{len(summary.skipped)} sizes not reached in the budget: go on with --resume")
-    print(f"{summary.measured} measurements in {summary.seconds:.0f} s, table: {path}")
-    if options.out is not None:
+        why = "budget ended, or every plan failed: go on with --resume, or see above"
+        print(f"{len(summary.skipped)} sizes without a plan ({why})")
+    table = f"table: {path}" if path.exists() else "no table"
+    print(f"{summary.measured} measurements in {summary.seconds:.0f} s, {table}")
+    if options.out is not None and path.exists():
         print(f"to serve from it: CUTEDSL_KERNELS_TUNED_DIR={folder} CUTEDSL_KERNELS_CACHE_DIR={folder / 'compiled'}")
 
 

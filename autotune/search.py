@@ -72,11 +72,13 @@ def _compile(spec: KernelSpec) -> str:
 
 @dataclass
 class Summary:
-    """What a run did. skipped: bins that the budget did not reach; failures: number of plans by cause."""
+    """What a run did. skipped: bins that the budget did not reach; failures: number of plans by cause;
+    examples: the first message of each cause."""
 
     entries: dict[Bin, Entry] = field(default_factory=dict)
     skipped: list[Bin] = field(default_factory=list)
     failures: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
     measured: int = 0
     reused: int = 0
     seconds: float = 0.0
@@ -232,6 +234,7 @@ class Tuner:
             sample = self._timer.time(where, plan, precise)
         except PlanFailure as error:
             self.summary.failures[error.cause] += 1
+            self.summary.examples.setdefault(error.cause, " ".join(str(error).split())[:200])
             self._progress.failed(error.cause)
             return Measurement(plan, failure=f"{error.cause}: {error}"), 0.0
         self.summary.measured += 1

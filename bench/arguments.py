@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -40,6 +41,17 @@ def int_list(text: str) -> list[int]:
     return [int(value) for value in values]
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """Type of an option that must be an integer of ``least`` or more."""
+
+    def read(text: str) -> int:
+        if not text.strip().lstrip("-").isdigit() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be an integer of at least {least}, got {text!r}")
+        return int(text)
+
+    return read
+
+
 def share(text: str) -> float:
     try:
         value = float(text)
@@ -67,9 +79,12 @@ def shape_of(text: str) -> MoEShape:
     """``E,H,I,k``."""
     try:
         experts, hidden, inter, top_k = (int(part) for part in text.split(","))
-        return MoEShape(experts, top_k, hidden, inter)
+        shape = MoEShape(experts, top_k, hidden, inter)
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be E,H,I,k as four positive integers, got {text!r}") from None
+    if top_k > experts:
+        raise argparse.ArgumentTypeError(f"must be E,H,I,k with k at most E, got {text!r}")
+    return shape
 
 
 def add_shape(parser: argparse.ArgumentParser) -> None:
@@ -86,10 +101,15 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default=None, help="cuda, cuda:1 or cpu (default cuda where there is one)")
     parser.add_argument("--csv", type=Path, default=None, help="append rows to this file")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--replays", type=int, default=12, help="replays the median is taken over")
-    parser.add_argument("--calls", type=int, default=None, help="calls per replay (default 24, fewer for large T)")
+    parser.add_argument("--replays", type=at_least(2), default=12, help="replays the median is taken over")
     parser.add_argument(
-        "--copies", type=int, default=None, help="weight copies to rotate over (default enough to leave L2 cold)"
+        "--calls", type=at_least(1), default=None, help="calls per replay (default 24, fewer for large T)"
+    )
+    parser.add_argument(
+        "--copies",
+        type=at_least(1),
+        default=None,
+        help="weight copies in turn (default enough to leave L2 cold)",
     )
 
 

@@ -283,6 +283,10 @@ def main(argv: Sequence[str] | None = None, prog: str = "bench.suite") -> int:
         if options.worker_budget_s is not None:
             options.budget_s = options.worker_budget_s
             return work(options, Journal(options.journal))
+        if options.budget_s <= 0:
+            raise UserError(f"--budget-s must be positive, got {options.budget_s:g}")
+        if not any(options.only in point.step(None, "") for point in PRESETS[options.preset]()):
+            raise UserError(f"--only {options.only!r} names no point of {options.preset}: see --list")
         make_baselines(options.baselines or [])
         if options.csv:
             CsvWriter(options.csv).close()

@@ -78,8 +78,8 @@ def layer_flops(shape: MoEShape, num_tokens: int, inactive: float) -> float:
 FUSED_FIXED_US = 6.5  # launch, routing scan, first and last latencies. Measured on an H200, 2026-11-23 (E=256, H=2048,
 FUSED_COPY_SHARE = 1.08  # I=512, 84.5 %): 13.0 us at T=1, 46 at 8, 130 at 32, 195 at 64; 136 and 147 at T=32 with
 FUSED_MOST = 0.95  # 24 and 16 rows in the row ring instead of 32. Share of the copy with rings of any size, and at most
-FUSED_TILE_SHARE = 0.2  # of the time a tile's gate rows take, nothing overlaps: with tiles of 32 instead of 16 T=1
-# takes 0.4 us more, T=8 0.8 (docs/kernels-fused.md), where the rows come in 2.1
+FUSED_TILE_SHARE = 0.2  # of the time a tile's gate rows take, nothing overlaps: tiles of 32 instead of 16, whose rows
+# take 2.1 us longer, cost 0.4 us at T=1, 0.8 at 8 (docs/kernels-fused.md)
 STAGED_FIXED_US = 15.0  # five dependent launches. Same shape: 198 us at T=64, 343 at 256, 431 at 512
 STAGED_COPY_SHARES = {16: 0.95, 32: 0.91, 64: 0.77}  # by token block: 343, 356 and 402 us at T=256
 STAGED_TFLOPS_SHARE = 0.5  # of dense_tflops: gathered rows, short N. Assumed

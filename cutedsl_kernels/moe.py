@@ -36,10 +36,16 @@ def sparse_moe(
     Nothing is synchronised with the host on a CUDA device. TypeError / ValueError name the argument.
     """
     _validate(hidden_states, weights, topk_weights, topk_ids, pair_threshold, activation, expert_map, out)
+    if not isinstance(thresholds, torch.Tensor | int | float):
+        raise TypeError(f"thresholds must be a number or a tensor, got {type(thresholds).__name__}")
+    if plan is not None and not isinstance(plan, Plan):
+        raise TypeError(f"plan must be a Plan or None, got {type(plan).__name__}")
     back_end: Callable[..., torch.Tensor]
     if hidden_states.device.type == "cpu":
         from .cpu import sparse_moe_cpu
 
+        if plan is not None and plan.kind != "cpu":
+            raise ValueError(f"plan {plan} is for a CUDA device, hidden_states are on the CPU: leave plan out")
         back_end = sparse_moe_cpu
     elif hidden_states.device.type == "cuda":
         from .launch import sparse_moe_cuda
@@ -75,6 +81,15 @@ def _validate(
 ) -> None:
     if not isinstance(weights, ExpertWeights):
         raise TypeError(f"weights must be ExpertWeights (see ExpertWeights.from_w13_w2), got {type(weights).__name__}")
+    for name, value, may_be_none in (
+        ("hidden_states", hidden_states, False),
+        ("topk_weights", topk_weights, False),
+        ("topk_ids", topk_ids, False),
+        ("expert_map", expert_map, True),
+        ("out", out, True),
+    ):
+        if not (isinstance(value, torch.Tensor) or (value is None and may_be_none)):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if hidden_states.dim() != 2 or hidden_states.shape[1] != weights.hidden_size:
         raise ValueError(
             f"hidden_states must be [T, H] with H = {weights.hidden_size}, got {tuple(hidden_states.shape)}"
@@ -103,6 +118,8 @@ def _validate(
             f"out must be {tuple(hidden_states.shape)} {hidden_states.dtype} like hidden_states, "
             f"got {tuple(out.shape)} {out.dtype}"
         )
+    if out is not None and any(step == 0 and size > 1 for step, size in zip(out.stride(), out.shape, strict=True)):
+        raise ValueError(f"out must not be an expanded tensor, got strides {out.stride()}")
     for name, tensor in (
         ("weights", weights.w13),
         ("topk_weights", topk_weights),

@@ -135,14 +135,18 @@ class SparsityProfile(_Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> SparsityProfile:
-        weighted = self.score in ROUTER_WEIGHTED and not self.score.startswith("gate")
+        if self.score not in ROUTER_WEIGHTED:
+            raise ValueError(f"score must be one of {', '.join(ROUTER_WEIGHTED)}, got {self.score!r}")
+        if self.quality is not None and not 0 <= self.quality.get("target_sparsity", 0.0) < 1:
+            raise ValueError(f"quality.target_sparsity must lie in 0..1, got {self.quality['target_sparsity']:g}")
+        weighted = not self.score.startswith("gate")
         if self.format == FORMAT and self.second_format_fields:
             raise ValueError(f"{self.second_format_fields[0]} needs format {FORMAT_2!r}")
         if weighted and self.neurons is None:
             raise ValueError(f"neurons must name the file of per-neuron parts for the score {self.score!r}")
         if self.score.startswith("gate") and self.neurons is not None:
             raise ValueError(f"neurons must be absent for the score {self.score!r}")
-        if self.score in ROUTER_WEIGHTED and self.router_weighted != ROUTER_WEIGHTED[self.score]:
+        if self.router_weighted != ROUTER_WEIGHTED[self.score]:
             raise ValueError(
                 f"router_weighted must be {str(ROUTER_WEIGHTED[self.score]).lower()} for the score {self.score!r}"
             )

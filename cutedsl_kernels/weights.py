@@ -43,18 +43,7 @@ class ExpertWeights:
                 f"got {_shape(self.w2_rows)}"
             )
         _check_same(self.w13, self.w2_rows, "w2_rows")
-        for name, bias, shape in (
-            ("w13_bias", self.w13_bias, (experts, rows)),
-            ("w2_bias", self.w2_bias, (experts, hidden)),
-        ):
-            if bias is None:
-                continue
-            if not isinstance(bias, torch.Tensor) or not bias.dtype.is_floating_point:
-                raise TypeError(f"{name} must be a float tensor, got {getattr(bias, 'dtype', type(bias).__name__)}")
-            if tuple(bias.shape) != shape:
-                raise ValueError(f"{name} must be {shape}, got {_shape(bias)}")
-            if bias.device != self.w13.device:
-                raise ValueError(f"{name} must be on {self.w13.device} like w13, got {bias.device}")
+        _check_biases(self.w13, self.w13_bias, self.w2_bias)
 
     @property
     def num_experts(self) -> int:
@@ -113,6 +102,7 @@ class ExpertWeights:
                 f"got {_shape(w2)}{hint}"
             )
         _check_same(w13, w2, "w2")
+        _check_biases(w13, w13_bias, w2_bias)  # before anything is moved: afterwards w2 could not be passed in again
         with torch.no_grad():
             w2_rows = relay_rows(w2.detach())
             if interleaved:
@@ -148,6 +138,19 @@ def _check_tensor(name: str, tensor: torch.Tensor, dims: int) -> None:
         raise ValueError(
             f"{name} must be contiguous, got strides {tensor.stride()} for shape {_shape(tensor)}: call .contiguous()"
         )
+
+
+def _check_biases(w13: torch.Tensor, w13_bias: torch.Tensor | None, w2_bias: torch.Tensor | None) -> None:
+    experts, rows, hidden = w13.shape
+    for name, bias, shape in (("w13_bias", w13_bias, (experts, rows)), ("w2_bias", w2_bias, (experts, hidden))):
+        if bias is None:
+            continue
+        if not isinstance(bias, torch.Tensor) or not bias.dtype.is_floating_point:
+            raise TypeError(f"{name} must be a float tensor, got {getattr(bias, 'dtype', type(bias).__name__)}")
+        if tuple(bias.shape) != shape:
+            raise ValueError(f"{name} must be {shape}, got {_shape(bias)}")
+        if bias.device != w13.device:
+            raise ValueError(f"{name} must be on {w13.device} like w13, got {bias.device}")
 
 
 def _check_same(w13: torch.Tensor, other: torch.Tensor, name: str) -> None:

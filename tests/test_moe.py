@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import Problem, check_close, random_problem
 
-from cutedsl_kernels import MoEShape, UserError, sparse_moe
+from cutedsl_kernels import MoEShape, Plan, UserError, sparse_moe
 
 pytestmark = pytest.mark.cpu
 
@@ -35,6 +35,15 @@ def problem(seed: int, **changes: Any) -> Problem:
         ("topk_weights", torch.zeros(T, K).int(), TypeError, "topk_weights must be a float tensor"),
         ("thresholds", torch.zeros(E, I + 1), ValueError, r"thresholds must be a number or broadcast to \[E, I\]"),
         ("thresholds", torch.zeros(2, E, I), ValueError, r"thresholds must be a number or broadcast to \[E, I\]"),
+        ("thresholds", None, TypeError, "thresholds must be a number or a tensor, got NoneType"),
+        ("thresholds", [0.1], TypeError, "thresholds must be a number or a tensor, got list"),
+        ("hidden_states", [[0.0]], TypeError, "hidden_states must be a torch.Tensor, got list"),
+        ("topk_ids", None, TypeError, "topk_ids must be a torch.Tensor, got NoneType"),
+        ("topk_weights", [1.0], TypeError, "topk_weights must be a torch.Tensor, got list"),
+        ("expert_map", [0, 1], TypeError, "expert_map must be a torch.Tensor, got list"),
+        ("plan", "dense", TypeError, "plan must be a Plan or None, got str"),
+        ("plan", Plan("dense"), ValueError, "plan dense is for a CUDA device, hidden_states are on the CPU"),
+        ("out", torch.zeros(1, H).expand(T, H), ValueError, "out must not be an expanded tensor"),
         ("pair_threshold", -0.1, ValueError, "pair_threshold must be a finite number >= 0, got -0.1"),
         ("pair_threshold", math.nan, ValueError, "pair_threshold must be a finite number >= 0, got nan"),
         ("activation", "relu2", ValueError, "activation must be one of silu, .*got 'relu2'"),
@@ -56,6 +65,11 @@ def test_thresholds_broadcast(shape: tuple[int, ...], seed: int) -> None:
     call = problem(seed, sparsity=0.0, router_weighted=False)
     call.thresholds = torch.full(shape, 1e-9) if shape != (E, I) else torch.full((E, I), 0.0)
     check_close(sparse_moe(**call.arguments), call)
+
+
+def test_an_empty_expert_map_knows_no_expert(seed: int) -> None:
+    arguments = {**problem(seed).arguments, "expert_map": torch.zeros(0, dtype=torch.int32)}
+    assert not sparse_moe(**arguments).any()
 
 
 def test_thresholds_as_a_number(seed: int) -> None:

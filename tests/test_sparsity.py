@@ -134,6 +134,8 @@ DAMAGE = {
     "field missing": (drop("calibration", "text_sha256"), r"calibration\.text_sha256: Field required"),
     "hash damaged": (put("calibration", "text_sha256", value="xyz"), r"calibration\.text_sha256: "),
     "no experts": (put("model", "num_experts", value=0), r"model\.num_experts: .*greater than 0"),
+    "unknown score": (put("score", value="gate-router"), "score must be one of gate, gate-routed"),
+    "target out of range": (put("quality", value={"target_sparsity": 5.0}), "quality.target_sparsity must lie in 0"),
     "rule and score disagree": (put("router_weighted", value=False), "router_weighted must be true for the score"),
 }
 

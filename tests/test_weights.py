@@ -92,8 +92,15 @@ def test_errors_name_the_argument(w13: Any, w2: Any, error: type[Exception], mes
     [
         ({"w13_bias": torch.zeros(E, I)}, ValueError, r"w13_bias must be \(5, 24\), got \(5, 12\)"),
         ({"w2_bias": torch.zeros(E, H).int()}, TypeError, "w2_bias must be a float tensor, got torch.int32"),
+        ({"w2_bias": [0.0]}, TypeError, "w2_bias must be a float tensor, got list"),
     ],
 )
-def test_bias_errors(biases: dict[str, torch.Tensor], error: type[Exception], message: str) -> None:
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_bias_errors(biases: dict[str, Any], error: type[Exception], message: str, interleaved: bool) -> None:
+    """Raised before anything is re-laid, so that the same tensors can be passed in again."""
+    w13, w2 = torch.randn(E, 2 * I, H), torch.randn(E, H, I)
+    before = w13.clone(), w2.clone()
     with pytest.raises(error, match=message):
-        ExpertWeights.from_w13_w2(torch.zeros(E, 2 * I, H), torch.zeros(E, H, I), **biases)
+        ExpertWeights.from_w13_w2(w13, w2, interleaved=interleaved, **biases)
+    assert torch.equal(w13, before[0])
+    assert torch.equal(w2, before[1])

@@ -100,6 +100,11 @@ def calibrate(
         if number < least:
             raise UserError(f"--{name} must be at least {least}, got {number}")
 
+    if isinstance(share, float) and share > targets[-1]:
+        raise UserError(
+            f"--skip-pairs {share:g} is more than the largest --target {targets[-1]:g}: skipped pairs are a part of it"
+        )
+
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -171,8 +176,10 @@ def calibrate(
     finally:
         engine.shutdown()
     profile.save(out)
+    less = isinstance(share, float) and share > targets[0]
     print(
-        f"{out}: {len(profile.layers)} layers, score {score}, budget {budget}, skipped pairs {skip_pairs}, "
+        f"{out}: {len(profile.layers)} layers, score {score}, budget {budget}, skipped pairs {skip_pairs}"
+        f"{' (at smaller targets as many as the target)' if less else ''}, "
         f"targets {targets[0]:g} to {targets[-1]:g}, from {tokens} tokens"
     )
     if profile.neurons is not None:

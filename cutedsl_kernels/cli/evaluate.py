@@ -49,21 +49,24 @@ def evaluate(
     """Perplexity, KL to the dense model, changed predictions and realised sparsity, dense against several targets."""
     from rich.console import Console
 
+    from ..integration.vllm.engine import check_model
     from ..quality.engine_eval import compare_targets, start_engine
     from ..quality.report import Row, check_writable, plot_quality, print_layers, print_rows, write_json
     from ..quality.tasks import prepare_tasks, run_tasks
     from ..quality.text import cut_sequences, read_texts
 
-    targets = check_targets(target or DEFAULT_TARGETS)
+    targets = check_targets(target or [])
     check_counts(max_tokens=max_tokens, max_len=max_len, tensor_parallel_size=tensor_parallel_size)
     check_writable("--json", json_path)
-    check_writable("--plot", plot)
+    check_writable("--plot", plot, (".png", ".svg", ".pdf"))
     wanted_tasks = None if tasks is None else prepare_tasks(tasks)
     words, text_hash = read_texts(text)
+    check_model(model)
+    chosen: list[Path | None] = list(profile) if profile else [None]
+    targets = targets or _default_targets(model, chosen)
     console = Console()
     more: dict[str, Any] = {}
     series: dict[str, list[Row]] = {}
-    chosen: list[Path | None] = list(profile) if profile else [None]
     for path in chosen:
         engine = start_engine(model, path, targets, max_len=max_len, tensor_parallel_size=tensor_parallel_size)
         try:
@@ -94,6 +97,16 @@ def evaluate(
     if plot is not None:
         plot_quality(plot, series, f"Quality over sparsity: {Path(model).name}")
         console.print(f"plot: {plot}")
+
+
+def _default_targets(model: str, profiles: list[Path | None]) -> list[float]:
+    """DEFAULT_TARGETS as far as all profiles reach."""
+    from ..integration.vllm.options import Options, find_profile
+    from ..sparsity import SparsityProfile
+
+    paths = [path or find_profile(Options.collect(None), model) for path in profiles]
+    reach = min(SparsityProfile.load(path).max_target for path in paths)
+    return [target for target in DEFAULT_TARGETS if target <= reach] or [reach]
 
 
 def run_details(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,7 +22,10 @@ def generate(
     prompt_file: Annotated[
         list[Path] | None, typer.Option("--prompt-file", help="A file with one prompt; may be given several times.")
     ] = None,
-    target: Annotated[float, typer.Option("--target", help="Target sparsity of the sparse model, 0..1.")] = 0.7,
+    target: Annotated[
+        float | None,
+        typer.Option("--target", help="Sparsity of the sparse model, 0..1. Default: what a server would choose."),
+    ] = None,
     profile: Annotated[
         Path | None, typer.Option("--profile", help="Sparsity profile. Default: the one beside the checkpoint.")
     ] = None,
@@ -35,22 +39,33 @@ def generate(
     from rich.table import Table
     from rich.text import Text
 
+    from ..integration.vllm.engine import check_model
+    from ..integration.vllm.options import Options, choose_target, find_profile
     from ..quality.engine_eval import start_engine
     from ..quality.metrics import agreement_length
     from ..quality.report import check_writable, write_json
+    from ..sparsity import SparsityProfile
     from .evaluate import check_counts, check_targets
 
     prompts = _prompts(prompt, prompt_file)
-    check_targets([target])
+    check_targets([] if target is None else [target])
     check_counts(max_new_tokens=max_tokens, tensor_parallel_size=tensor_parallel_size)
-    if temperature < 0:
+    if not (math.isfinite(temperature) and temperature >= 0):
         raise UserError(f"--temperature must be at least 0, got {temperature:g}")
     check_writable("--json", json_path)
+    check_model(model)
+    if target is None:
+        options = Options.collect({"profile": profile})
+        target = choose_target(options, SparsityProfile.load(find_profile(options, model)))
     engine = start_engine(model, profile, [target], max_len=None, tensor_parallel_size=tensor_parallel_size)
     try:
         sequences = [engine.tokenizer.encode(text) for text in prompts]
         for index, sequence in enumerate(sequences):
             longest = engine.max_model_len - max_tokens
+            if longest < 1:
+                raise UserError(
+                    f"--max-tokens must be less than this model's {engine.max_model_len} positions, got {max_tokens}"
+                )
             if not 1 <= len(sequence) <= longest:
                 raise UserError(
                     f"prompt {index + 1} has {len(sequence)} tokens; "

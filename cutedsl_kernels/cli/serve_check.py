@@ -38,7 +38,11 @@ def serve_check(
     from ..sparsity import SparsityProfile
 
     batches = sorted(set(batch or (1, 4, 16)))
-    for name, value, least in (("batch", batches[0], 1), ("max-model-len", max_model_len, 32)):
+    for name, value, least in (
+        ("batch", batches[0], 1),
+        ("max-model-len", max_model_len, 32),
+        ("tensor-parallel-size", tensor_parallel_size, 1),
+    ):
         if value < least:
             raise UserError(f"--{name} must be at least {least}, got {value}")
     if target is not None and not 0 <= target < 1:

@@ -2,8 +2,9 @@
 
 Every CTA reads all T*k pairs (T*k <= max_pairs), drops the ones that no one computes here (remote or out-of-range
 expert, routing weight below the pair threshold), counts the rest by expert in shared memory, and numbers the token
-blocks of all experts in order of expert id. All CTAs number alike, so which CTA works on which block follows from that
-alone, and the grid depends on nothing but its size. Ballots find the pairs of a block, in the order of topk_ids.
+blocks of all experts in order of expert id (up to 32 pairs: in order of each expert's first pair, in one warp's
+registers). All CTAs number alike, so which CTA works on which block follows from that alone, and the grid depends on
+nothing but its size. Ballots find the pairs of a block, in the order of topk_ids.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ class PairTable:
     """Shared-memory view of the batch's pairs. Constructed inside the kernel; all methods are called by whole warps.
 
     pair_expert [max_pairs] int16: local expert of pair p = token * k + slot, -1 if dropped or past the end.
-    first_block [E + 1] int32: number of the first block of each expert, and the number of blocks in all.
+    first_block [E + 1] int32: number of the first block of each expert that has pairs, and the number of blocks in all.
     block_expert [max_blocks] int16: expert of each block.
     """
 

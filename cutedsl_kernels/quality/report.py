@@ -149,8 +149,8 @@ def write_json(path: str | os.PathLike[str], data: dict[str, Any]) -> None:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from None
 
 
-def check_writable(option: str, path: str | os.PathLike[str] | None) -> None:
-    """UserError, before any work, if a file cannot be written there."""
+def check_writable(option: str, path: str | os.PathLike[str] | None, endings: Sequence[str] = ()) -> None:
+    """UserError, before any work, if a file cannot be written there, or its ending is not one of ``endings``."""
     if path is None:
         return
     target = Path(path)
@@ -161,6 +161,8 @@ def check_writable(option: str, path: str | os.PathLike[str] | None) -> None:
         raise UserError(f"{option} {path}: cannot make its folder: {error.strerror}") from None
     if target.is_dir() or not os.access(target if target.exists() else folder, os.W_OK):
         raise UserError(f"{option} {path}: cannot be written")
+    if endings and target.suffix.lower() not in endings:
+        raise UserError(f"{option} {path}: must end in one of {', '.join(endings)}")
 
 
 def plot_quality(path: str | os.PathLike[str], series: Mapping[str, Sequence[Row]], title: str) -> None:

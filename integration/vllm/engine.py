@@ -358,3 +358,9 @@ def _start(model: str, arguments: dict[str, Any]) -> Any:
         return LLM(model=model, **arguments)
     except MethodError as error:
         raise UserError(str(error)) from None
+    except ValueError as error:  # a configuration that vLLM refuses
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        # pydantic: a head line, the field, "Value error, REASON [type=..., ...]", a link
+        reason = next((line for line in lines if line.startswith("Value error, ")), lines[0] if lines else "")
+        reason = reason.removeprefix("Value error, ").partition(" [type=")[0]
+        raise UserError(f"{model}: vLLM refuses to start: {reason}") from None

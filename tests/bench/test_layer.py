@@ -82,6 +82,10 @@ def test_a_failing_path_gets_no_number(
     ("words", "message"),
     [
         (["--shape", "1,2"], "must be E,H,I,k"),
+        (["--shape", "8,128,64,9"], "k at most E"),
+        (["--calls", "0"], "must be an integer of at least 1"),
+        (["--copies", "-1"], "must be an integer of at least 1"),
+        (["--replays", "1"], "must be an integer of at least 2"),
         (["--model", "gpt-9"], "--model must be one of"),
         (["--tokens", "0"], "must be positive integers"),
         (["--sparsity", "1.5"], "must be a number in 0..1"),

@@ -69,6 +69,15 @@ def test_the_budget_ends_a_run_without_blaming_the_step(worker: list[str], tmp_p
     assert journal.open_step() == "c"
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["--only", "nothing"], "names no point of short"), (["--budget-s", "-5"], "--budget-s must be positive")],
+)
+def test_bad_input_is_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert suite.main(words) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_a_worker_that_cannot_start_is_not_started_for_ever(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "import os; os._exit(9)"]
     assert supervise(command, 60, 10, Journal(tmp_path / "journal")) == 3

@@ -157,7 +157,7 @@ def test_known_models(name: str, seed: int) -> None:
     ids=["gpt-oss-20b", "olmoe-1b-7b"],
 )
 def test_every_launch_is_right(name: str, config: FusedConfig, seed: int) -> None:
-    """3000 launches on the same inputs. Without the fence in RowRing.give_back up to one of ten was wrong."""
+    """3000 launches on the same inputs. See RowRing.release: up to one of ten was wrong once."""
     case, plan = full_problem(name, 8, seed, 0.85), Plan("fused", config)
     check_close(sparse_moe(**case.arguments, plan=plan, out=poisoned(case)), case)
     first = torch.stack([sparse_moe(**case.arguments, plan=plan).float() for _ in range(15)])

@@ -37,6 +37,13 @@ MODEL = Path(__file__).resolve().parents[2] / "models" / "tiny-olmoe"
         ("recommend {model} --text {text} --max-kl 1 --precision 0.9", "--precision must lie in 0.001..0.2"),
         ("recommend {model} --text {none} --max-kl 1", "none.txt: cannot be read"),
         ("recommend {model} --text {text} --max-kl 1 --profile {dir}/p.json --out /x.json", "must lie in the folder"),
+        (
+            "evaluate {model} --text {text} --plot {dir}/q.xyz",
+            "--plot {dir}/q.xyz: must end in one of .png, .svg, .pdf",
+        ),
+        ("generate {model} --prompt x --temperature nan", "--temperature must be at least 0, got nan"),
+        ("calibrate {model} --text {text} --skip-pairs 0.5 --target 0.3", "is more than the largest --target 0.3"),
+        ("serve-check {model} --tensor-parallel-size 0", "--tensor-parallel-size must be at least 1, got 0"),
         ("evaluate {model} --text {text} --max-tokens 2", "--max-tokens must be at least 16, got 2"),
         ("evaluate {model} --text {text} --plot {dir}", "--plot {dir}: cannot be written"),
         ("evaluate {model} --text {text} --tasks , ", "--tasks must name at least one"),
