@@ -120,6 +120,7 @@ def calibrate(
     longest = (config.get("text_config") or config).get("max_position_embeddings")
     limit = min(max_len + 1, longest) if isinstance(longest, int) else max_len + 1
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     console = Console(stderr=True)
     learned, auto = None, score == "auto"
     if auto:
