@@ -100,6 +100,10 @@ def calibrate(
         if number < least:
             raise UserError(f"--{name} must be at least {least}, got {number}")
 
+    if batch != 1 and share != "auto":
+        raise UserError("--batch is for --skip-pairs auto only: leave it out, or ask for auto")
+    if learn_steps != LEARN_STEPS and score != "auto" and SCORES[score].weight != "learned":
+        raise UserError(f"--learn-steps is for the scores learned and learned-routed, got --score {score}")
     if isinstance(share, float) and share > targets[-1]:
         raise UserError(
             f"--skip-pairs {share:g} is more than the largest --target {targets[-1]:g}: skipped pairs are a part of it"

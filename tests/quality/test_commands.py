@@ -43,6 +43,8 @@ MODEL = Path(__file__).resolve().parents[2] / "models" / "tiny-olmoe"
         ),
         ("generate {model} --prompt x --temperature nan", "--temperature must be at least 0, got nan"),
         ("calibrate {model} --text {text} --skip-pairs 0.5 --target 0.3", "is more than the largest --target 0.3"),
+        ("calibrate {model} --text {text} --batch 8", "--batch is for --skip-pairs auto only"),
+        ("calibrate {model} --text {text} --score gate --learn-steps 9", "--learn-steps is for the scores learned"),
         ("serve-check {model} --tensor-parallel-size 0", "--tensor-parallel-size must be at least 1, got 0"),
         ("evaluate {model} --text {text} --max-tokens 2", "--max-tokens must be at least 16, got 2"),
         ("evaluate {model} --text {text} --plot {dir}", "--plot {dir}: cannot be written"),
