@@ -56,13 +56,9 @@ def _shares(text: str) -> list[float]:
 
 def _shape(text: str) -> MoEShape:
     try:
-        experts, hidden, inter, top_k = (int(part) for part in text.split(","))
-        shape = MoEShape(experts, top_k, hidden, inter)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be E,H,I,k as four positive integers, got {text!r}") from None
-    if top_k > experts:
-        raise argparse.ArgumentTypeError(f"must be E,H,I,k with k at most E, got {text!r}")
-    return shape
+        return MoEShape.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
@@ -116,19 +112,16 @@ def _run(options: argparse.Namespace) -> int:
     for name in ("budget", "candidates"):
         if getattr(options, name) <= 0:
             raise UserError(f"--{name} must be positive, got {getattr(options, name):g}")
-    for name in ("tp", "ep"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name} must be at least 1, got {getattr(options, name)}")
     if sum((options.dry_run, options.compile_only, options.simulate is not None)) > 1:
         raise UserError("give one of --dry-run, --compile-only and --simulate")
     layer, shares = layer_of(options)
-    bins = ordered_bins(
-        options.tokens or default_tokens(), [(s, p) for s in shares for p in options.pair_skip if p <= s]
-    )
+    pairs = [(s, p) for s in shares for p in options.pair_skip]
+    bins = ordered_bins(options.tokens or default_tokens(), [(s, p) for s, p in pairs if p <= s])
     if not bins:
         raise UserError("--pair-skip must not exceed --sparsity, of which skipped pairs are a part")
-    for s, p in ((s, p) for s in shares for p in options.pair_skip if p > s):
-        print(f"left out: {p:g} of the pairs skipped at sparsity {s:g}, of which they are a part", file=sys.stderr)
+    for s, p in pairs:
+        if p > s:
+            print(f"left out: {p:g} of the pairs skipped at sparsity {s:g}, of which they are a part", file=sys.stderr)
     if options.out is not None:
         os.environ["CUTEDSL_KERNELS_CACHE_DIR"] = str(options.out / "compiled")
     if options.dry_run:
@@ -171,6 +164,9 @@ def layer_of(options: argparse.Namespace) -> tuple[TunedLayer, list[float]]:
     """The layer and the sparsities that the options ask for. UserError for what is missing, unknown or does not fit."""
     if options.model and options.shape:
         raise UserError("give --model or --shape, not both")
+    for name in ("tp", "ep"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} must be at least 1, got {getattr(options, name)}")
     profile = SparsityProfile.load(options.profile) if options.profile else None
     shares, name, activation, on_input = [DEFAULT_SPARSITY], "", "silu", False
     if options.model in KNOWN_MODELS:
@@ -192,7 +188,7 @@ def layer_of(options: argparse.Namespace) -> tuple[TunedLayer, list[float]]:
         shares = sorted(target for target in targets if 0 < target < 1)
     try:
         shape = shape.shard(options.tp, options.ep)
-    except (ValueError, ZeroDivisionError) as error:
+    except ValueError as error:
         raise UserError(f"--tp {options.tp} --ep {options.ep}: {error}") from None
     weighted = profile.router_weighted if profile is not None else not on_input
     return TunedLayer(shape, activation, on_input, weighted, name), options.sparsity or shares

@@ -45,9 +45,13 @@ def at_least(least: int) -> Callable[[str], int]:
     """Type of an option that must be an integer of ``least`` or more."""
 
     def read(text: str) -> int:
-        if not text.strip().lstrip("-").isdigit() or int(text) < least:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
             raise argparse.ArgumentTypeError(f"must be an integer of at least {least}, got {text!r}")
-        return int(text)
+        return value
 
     return read
 
@@ -78,13 +82,9 @@ def plan_list(text: str) -> list[str]:
 def shape_of(text: str) -> MoEShape:
     """``E,H,I,k``."""
     try:
-        experts, hidden, inter, top_k = (int(part) for part in text.split(","))
-        shape = MoEShape(experts, top_k, hidden, inter)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be E,H,I,k as four positive integers, got {text!r}") from None
-    if top_k > experts:
-        raise argparse.ArgumentTypeError(f"must be E,H,I,k with k at most E, got {text!r}")
-    return shape
+        return MoEShape.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def add_shape(parser: argparse.ArgumentParser) -> None:

@@ -167,9 +167,7 @@ def work(options: argparse.Namespace, journal: Journal) -> int:
         f"{bench.machine.values['gpu']}, copy {bench.copy_gbps:.0f} GB/s, revision {bench.machine.values['revision']}"
     )
     print(HEADER, flush=True)
-    for point in PRESETS[options.preset]():
-        if options.only and options.only not in point.step(None, ""):
-            continue
+    for point in _points(options):
         closed = journal.closed()
         todo = [(r, p) for r in point.rules for p in plans if point.step(r, p) not in closed]
         if not todo or point.step(None, "baselines") in journal.left_out():
@@ -195,6 +193,11 @@ def work(options: argparse.Namespace, journal: Journal) -> int:
             print(f"device lost: {error}", flush=True)
             return WORKER_LOST
     return 1 if bench.failures else 0
+
+
+def _points(options: argparse.Namespace) -> list[Point]:
+    """Those of the preset that --only names."""
+    return [point for point in PRESETS[options.preset]() if options.only in point.step(None, "")]
 
 
 def _default_baselines(device: torch.device) -> list[str]:
@@ -285,7 +288,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "bench.suite") -> int:
             return work(options, Journal(options.journal))
         if options.budget_s <= 0:
             raise UserError(f"--budget-s must be positive, got {options.budget_s:g}")
-        if not any(options.only in point.step(None, "") for point in PRESETS[options.preset]()):
+        if not _points(options):
             raise UserError(f"--only {options.only!r} names no point of {options.preset}: see --list")
         make_baselines(options.baselines or [])
         if options.csv:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from .plan import Plan
-from .reference import ACTIVATIONS
+from .reference import ACTIVATIONS, check_thresholds
 from .weights import ExpertWeights
 
 
@@ -36,8 +36,7 @@ def sparse_moe(
     Nothing is synchronised with the host on a CUDA device. TypeError / ValueError name the argument.
     """
     _validate(hidden_states, weights, topk_weights, topk_ids, pair_threshold, activation, expert_map, out)
-    if not isinstance(thresholds, torch.Tensor | int | float):
-        raise TypeError(f"thresholds must be a number or a tensor, got {type(thresholds).__name__}")
+    check_thresholds(thresholds)
     if plan is not None and not isinstance(plan, Plan):
         raise TypeError(f"plan must be a Plan or None, got {type(plan).__name__}")
     back_end: Callable[..., torch.Tensor]

@@ -51,20 +51,24 @@ def up_transform(up: torch.Tensor, activation: str) -> torch.Tensor:
 def local_experts(topk_ids: torch.Tensor, expert_map: torch.Tensor | None, num_experts: int) -> torch.Tensor:
     """``topk_ids`` as rows of this rank's weights, int64; -1 where the expert is remote or the id out of range."""
     ids = topk_ids.long()
-    if expert_map is not None and expert_map.numel() == 0:
-        return torch.full_like(ids, -1)
     if expert_map is not None:
-        known = (ids >= 0) & (ids < expert_map.numel())
-        ids = torch.where(known, expert_map.long()[ids.clamp(0, expert_map.numel() - 1)], -1)
+        size = expert_map.numel()
+        known = (ids >= 0) & (ids < size)
+        ids = F.pad(expert_map.long(), (0, 1), value=-1)[torch.where(known, ids, size)]
     return torch.where((ids >= 0) & (ids < num_experts), ids, -1)
+
+
+def check_thresholds(thresholds: object) -> None:
+    """TypeError unless it is a number or a tensor."""
+    if not isinstance(thresholds, torch.Tensor | int | float):
+        raise TypeError(f"thresholds must be a number or a tensor, got {type(thresholds).__name__}")
 
 
 def expand_thresholds(
     thresholds: torch.Tensor | float, num_experts: int, intermediate_size: int, device: torch.device
 ) -> torch.Tensor:
     """A scalar, or a tensor that broadcasts to [E, I], as fp32 [E, I] (a view where possible)."""
-    if not isinstance(thresholds, torch.Tensor | int | float):
-        raise TypeError(f"thresholds must be a number or a tensor, got {type(thresholds).__name__}")
+    check_thresholds(thresholds)
     tau = torch.as_tensor(thresholds, dtype=torch.float32, device=device)
     try:
         return tau.expand(num_experts, intermediate_size)

@@ -50,6 +50,18 @@ class MoEShape:
         return f"E={self.num_experts},H={self.hidden_size},I={self.intermediate_size},k={self.top_k}"
 
     @classmethod
+    def parse(cls, text: str) -> MoEShape:
+        """``E,H,I,k``, as on the command line. ValueError: not four positive integers, or k more than E."""
+        try:
+            experts, hidden, inter, top_k = (int(part) for part in text.split(","))
+            shape = cls(experts, top_k, hidden, inter)
+        except ValueError:
+            raise ValueError(f"must be E,H,I,k as four positive integers, got {text!r}") from None
+        if top_k > experts:
+            raise ValueError(f"must be E,H,I,k with k at most E, got {text!r}")
+        return shape
+
+    @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> MoEShape:
         """Shape of the routed experts of a Hugging Face ``config.json`` (as a dict). UserError if it is not an MoE."""
         text = config.get("text_config") or config

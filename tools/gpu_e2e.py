@@ -382,9 +382,11 @@ def run_stage(
 def facts() -> dict[str, str]:
     import torch
 
+    sys.path.append(str(ROOT))
+    from bench.records import revision
+
     found = {"date": datetime.date.today().isoformat(), "torch": torch.__version__}
-    revision = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    found["revision"] = os.environ.get("CUTEDSL_KERNELS_REVISION") or revision.stdout.strip() or "unknown"
+    found["revision"] = revision()
     for module in ("triton", "vllm"):
         version = subprocess.run(
             [sys.executable, "-c", f"import {module}; print({module}.__version__)"], capture_output=True, text=True

@@ -25,8 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import corpus
 
-from cutedsl_kernels.cli.calibrate import LEARN_STEPS
-from cutedsl_kernels.quality import budgets
+from cutedsl_kernels.quality import LEARN_STEPS, budgets
 from cutedsl_kernels.quality.hf import MoEModel
 from cutedsl_kernels.quality.learned import learn_thresholds
 from cutedsl_kernels.quality.metrics import Quality, byte_gain_batch_1

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from ..errors import UserError
+from ..quality import LEARN_STEPS
 from ..sparsity import PROFILE_FILENAME
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from ..integration.vllm.calibrate import LearnedParts
 
 MINIMUM_TOKENS = 1024
-LEARN_STEPS = 120  # what the published figures were learned with
 AUTO_WITHOUT_LEARNING = "moments-routed"  # what --score auto is where thresholds cannot be learned
 SHARE_OF_GPU = 0.4  # of its free memory that a checkpoint may take to be learned from: down rows are there twice
 LARGEST_ON_CPU = 100_000_000  # bytes of a checkpoint that --score auto learns from without a GPU: minutes

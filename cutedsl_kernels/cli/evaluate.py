@@ -49,7 +49,6 @@ def evaluate(
     """Perplexity, KL to the dense model, changed predictions and realised sparsity, dense against several targets."""
     from rich.console import Console
 
-    from ..integration.vllm.engine import check_model
     from ..quality.engine_eval import compare_targets, start_engine
     from ..quality.report import Row, check_writable, plot_quality, print_layers, print_rows, write_json
     from ..quality.tasks import prepare_tasks, run_tasks
@@ -61,7 +60,6 @@ def evaluate(
     check_writable("--plot", plot, (".png", ".svg", ".pdf"))
     wanted_tasks = None if tasks is None else prepare_tasks(tasks)
     words, text_hash = read_texts(text)
-    check_model(model)
     chosen: list[Path | None] = list(profile) if profile else [None]
     targets = targets or _default_targets(model, chosen)
     console = Console()
@@ -101,11 +99,9 @@ def evaluate(
 
 def _default_targets(model: str, profiles: list[Path | None]) -> list[float]:
     """DEFAULT_TARGETS as far as all profiles reach."""
-    from ..integration.vllm.options import Options, find_profile
-    from ..sparsity import SparsityProfile
+    from ..quality.engine_eval import open_profile
 
-    paths = [path or find_profile(Options.collect(None), model) for path in profiles]
-    reach = min(SparsityProfile.load(path).max_target for path in paths)
+    reach = min(open_profile(model, path)[1].max_target for path in profiles)
     return [target for target in DEFAULT_TARGETS if target <= reach] or [reach]
 
 
@@ -115,16 +111,15 @@ def run_details(
     """measure_details in plain torch, as a table. Returns its list."""
     import torch
 
-    from ..integration.vllm.options import Options, find_profile
     from ..quality.details import measure_details
+    from ..quality.engine_eval import open_profile
     from ..quality.hf import MoEModel
     from ..quality.report import print_details
-    from ..sparsity import SparsityProfile
 
-    path = profile or find_profile(Options.collect(None), model)
+    path, loaded = open_profile(model, profile)
     opened = MoEModel.load(model, "cuda" if torch.cuda.is_available() else "cpu")
     with console.status("measuring details"):
-        found = measure_details(opened, SparsityProfile.load(path), path, sequences, targets, oracle=oracle)
+        found = measure_details(opened, loaded, path, sequences, targets, oracle=oracle)
     print_details(console, found)
     return found
 

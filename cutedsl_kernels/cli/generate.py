@@ -39,12 +39,10 @@ def generate(
     from rich.table import Table
     from rich.text import Text
 
-    from ..integration.vllm.engine import check_model
-    from ..integration.vllm.options import Options, choose_target, find_profile
-    from ..quality.engine_eval import start_engine
+    from ..integration.vllm.options import Options, choose_target
+    from ..quality.engine_eval import open_profile, start_engine
     from ..quality.metrics import agreement_length
     from ..quality.report import check_writable, write_json
-    from ..sparsity import SparsityProfile
     from .evaluate import check_counts, check_targets
 
     prompts = _prompts(prompt, prompt_file)
@@ -53,19 +51,17 @@ def generate(
     if not (math.isfinite(temperature) and temperature >= 0):
         raise UserError(f"--temperature must be at least 0, got {temperature:g}")
     check_writable("--json", json_path)
-    check_model(model)
     if target is None:
-        options = Options.collect({"profile": profile})
-        target = choose_target(options, SparsityProfile.load(find_profile(options, model)))
+        target = choose_target(Options.collect(None), open_profile(model, profile)[1])
     engine = start_engine(model, profile, [target], max_len=None, tensor_parallel_size=tensor_parallel_size)
     try:
         sequences = [engine.tokenizer.encode(text) for text in prompts]
+        longest = engine.max_model_len - max_tokens
+        if longest < 1:
+            raise UserError(
+                f"--max-tokens must be less than this model's {engine.max_model_len} positions, got {max_tokens}"
+            )
         for index, sequence in enumerate(sequences):
-            longest = engine.max_model_len - max_tokens
-            if longest < 1:
-                raise UserError(
-                    f"--max-tokens must be less than this model's {engine.max_model_len} positions, got {max_tokens}"
-                )
             if not 1 <= len(sequence) <= longest:
                 raise UserError(
                     f"prompt {index + 1} has {len(sequence)} tokens; "

@@ -148,37 +148,40 @@ def early_arrivals(sass: str) -> dict[str, int]:
     Follows the order of the listing, so it sees what the assembler moved within straight code.
     """
     found: dict[str, int] = {}
-    current, unused = "", set[int]()
-    for line in sass.splitlines():
-        if m := _FUNCTION.match(line):
-            current, unused = m[1], set()
-            found[current] = 0
-        elif m := _INSTRUCTION.match(line):
-            operands = line[m.end() :].split(",")
-            registers = [[int(n) for n in re.findall(r"\bR(\d+)", operand)] for operand in operands]
-            if m[1].startswith("LDSM"):
-                first = registers[0][0]
-                unused |= set(range(first, first + int(m[1].rsplit(".", 1)[1])))
-            elif m[1].startswith("SYNCS.ARRIVE"):
-                found[current] += bool(unused)
-            else:
-                widths = next((w for name, w in _FRAGMENTS.items() if m[1].startswith(name)), ())
-                for i, numbers in enumerate(registers):
-                    if i or m[1].startswith("ST"):  # else what it writes
-                        width = widths[i] if i < len(widths) else 1
-                        unused -= {n + j for n in numbers for j in range(width)}
+    unused: dict[str, set[int]] = {}
+    for kernel, name, operands in _listed(sass):
+        pending = unused.setdefault(kernel, set())
+        found.setdefault(kernel, 0)
+        registers = [[int(n) for n in re.findall(r"\bR(\d+)", operand)] for operand in operands.split(",")]
+        if name.startswith("LDSM"):
+            first = registers[0][0]
+            pending |= set(range(first, first + int(name.rsplit(".", 1)[1])))
+        elif name.startswith("SYNCS.ARRIVE"):
+            found[kernel] += bool(pending)
+        else:
+            widths = next((w for start, w in _FRAGMENTS.items() if name.startswith(start)), ())
+            for i, numbers in enumerate(registers):
+                if i or name.startswith("ST"):  # else what it writes
+                    width = widths[i] if i < len(widths) else 1
+                    pending -= {n + j for n in numbers for j in range(width)}
     return found
 
 
 def _instructions(sass: str) -> dict[str, Counter[str]]:
     found: dict[str, Counter[str]] = {}
-    current: Counter[str] = Counter()
+    for kernel, name, _ in _listed(sass):
+        found.setdefault(kernel, Counter())[name] += 1
+    return found
+
+
+def _listed(sass: str) -> Iterator[tuple[str, str, str]]:
+    """(kernel, mnemonic, operands) of every instruction of a listing, in order."""
+    kernel = ""
     for line in sass.splitlines():
         if m := _FUNCTION.match(line):
-            current = found.setdefault(m[1], Counter())
+            kernel = m[1]
         elif m := _INSTRUCTION.match(line):
-            current[m[1]] += 1
-    return found
+            yield kernel, m[1], line[m.end() :]
 
 
 @functools.cache

@@ -371,7 +371,7 @@ class FusedDecode(TokenSums):
                     row = warp * self.NT + g * self.stage_rows + lane // 4 + 8 * h
                     for c in cutlass.range_constexpr(2):
                         partial[row, (lane % 4) * 2 + c] = sums[2 * h + c]
-                self.release(empty + stage, lane)  # a fence here would wait for tau
+                self.release(empty + stage, lane)
                 stage, phase = self.advance(stage, phase, self.gate_stages)
             cute.arch.barrier(barrier_id=GATE_BARRIER, number_of_threads=threads)
             # Every warp finishes its own neurons: 4 neurons x 8 tokens a round.

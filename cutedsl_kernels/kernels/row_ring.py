@@ -49,7 +49,8 @@ class RowRing:
         A ring's stage is refilled through another proxy, and nothing by itself makes an arrival wait for an ldmatrix
         whose registers nobody has used yet: on an H100 rows of the next tile came first, in up to one of ten launches.
         So something computed from all that was read comes before: a store (arrivals stay behind it), or the barrier's
-        address. fence.proxy.async would do too, and takes 10 % longer at T=1.
+        address, so that the order can be read in the listing (compile.inspect.early_arrivals). fence.proxy.async would
+        do too, and took as long.
         """
         cute.arch.sync_warp()
         if cutlass.const_expr(self.warp_arrivals == 32):

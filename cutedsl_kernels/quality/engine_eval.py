@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -15,6 +16,20 @@ from .report import LayerRealised, Row
 
 if TYPE_CHECKING:
     from ..integration.vllm.engine import SparseEngine
+    from ..sparsity import SparsityProfile
+
+
+def open_profile(model: str, profile: str | os.PathLike[str] | None) -> tuple[Path, SparsityProfile]:
+    """(path, contents) of ``profile``, or of the one a server would find for ``model``. UserError if there is no such
+    model or profile.
+    """
+    from ..integration.vllm.engine import check_model
+    from ..integration.vllm.options import Options, find_profile
+    from ..sparsity import SparsityProfile
+
+    check_model(model)
+    path = Path(profile) if profile is not None else find_profile(Options.collect(None), model)
+    return path, SparsityProfile.load(path)
 
 
 def start_engine(
@@ -29,12 +44,9 @@ def start_engine(
     target lies beyond it.
     """
     from ..integration.vllm.engine import SparseEngine, check_model
-    from ..integration.vllm.options import Options, find_profile
-    from ..sparsity import SparsityProfile
 
     config = check_model(model)
-    path = os.fspath(profile) if profile is not None else find_profile(Options.collect(None), model)
-    loaded = SparsityProfile.load(path)
+    path, loaded = open_profile(model, profile)
     for target in targets:
         if target > loaded.max_target:
             raise UserError(

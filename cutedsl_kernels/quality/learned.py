@@ -19,6 +19,7 @@ import torch
 from ..calibration import score_edges
 from ..errors import UserError
 from ..reference import gate_activation
+from . import LEARN_STEPS
 from .budgets import DEFAULT_CAP, Budget, cumulative_share, monotone
 from .hf import Layer, MoEModel
 from .metrics import kl_to_dense
@@ -136,7 +137,7 @@ def learn_thresholds(
     sequences: Sequence[Sequence[int]],
     *,
     router_weighted: bool = True,
-    steps: int,
+    steps: int = LEARN_STEPS,
     anchors: Sequence[float] = ANCHORS,
     seed: int = 0,
     progress: Callable[[int], Any] = lambda steps: None,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import ValidationError
 
 from ...calibration import LayerCounters, LayerHistograms
 from ...errors import UserError
@@ -359,8 +360,6 @@ def _start(model: str, arguments: dict[str, Any]) -> Any:
     except MethodError as error:
         raise UserError(str(error)) from None
     except ValueError as error:  # a configuration that vLLM refuses
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        # pydantic: a head line, the field, "Value error, REASON [type=..., ...]", a link
-        reason = next((line for line in lines if line.startswith("Value error, ")), lines[0] if lines else "")
-        reason = reason.removeprefix("Value error, ").partition(" [type=")[0]
+        text = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        reason = text.removeprefix("Value error, ").strip().partition("\n")[0]
         raise UserError(f"{model}: vLLM refuses to start: {reason}") from None
