@@ -218,12 +218,18 @@ class LayerHistogram:
         self, targets: Sequence[float] = DEFAULT_TARGETS, *, score: str = "gate-routed", skip_pairs: float = 0.0
     ) -> LayerTable:
         """The profile's table of this layer."""
-        return layer_table(targets, [self.thresholds(t, score=score, skip_pairs=skip_pairs) for t in targets])
+        rows = [self.thresholds(t, score=score, skip_pairs=skip_pairs) for t in targets]
+        return layer_table(targets, rows, [self.skippable(row.pair_threshold) for row in rows])
 
 
-def layer_table(targets: Sequence[float], rows: Sequence[LayerThresholds]) -> LayerTable:
-    """A profile's table from one row for each target; columns are made non-decreasing."""
+def layer_table(
+    targets: Sequence[float], rows: Sequence[LayerThresholds], pair_skips: Sequence[float] = ()
+) -> LayerTable:
+    """A profile's table from one row for each target; columns are made non-decreasing. pair_skips: the share of the
+    pairs below each row's pair threshold, kept where any are."""
+    skips = tuple(round(float(v), 4) for v in np.maximum.accumulate(pair_skips)) if any(pair_skips) else None
     return LayerTable(
+        pair_skips=skips,
         targets=tuple(targets),
         thresholds=tuple(float(v) for v in np.maximum.accumulate([row.threshold for row in rows])),
         pair_thresholds=tuple(float(v) for v in np.maximum.accumulate([row.pair_threshold for row in rows])),

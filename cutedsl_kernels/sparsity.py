@@ -4,8 +4,9 @@ The file is JSON, ``"format": "intra-expert-sparsity/1"``, small enough to read 
 table from target sparsity (share of inactive neurons over all token-expert pairs, skipped pairs counted as inactive) to
 the neuron threshold tau and the pair threshold rho.
 
-Format 2 is format 1 with a budget (how sparsity is spread over layers) and, for scores with a weight c per neuron, a
-reference to a safetensors file beside the profile; tau is then the threshold on the weighted score.
+Format 2 is format 1 with a budget (how sparsity is spread over layers), the share of the pairs that rho skips where it
+skips any, and, for scores with a weight c per neuron, a reference to a safetensors file beside the profile; tau is then
+the threshold on the weighted score.
 """
 
 from __future__ import annotations
@@ -82,15 +83,19 @@ class LayerThresholds(NamedTuple):
 
 
 class LayerTable(_Strict):
-    """Rows of (target sparsity, neuron threshold, pair threshold); all three columns non-decreasing."""
+    """Rows of (target sparsity, neuron threshold, pair threshold, and the share of the pairs below it); all columns
+    non-decreasing. Without the last column the share is not known."""
 
     targets: tuple[float, ...] = Field(min_length=1)
     thresholds: tuple[float, ...]
     pair_thresholds: tuple[float, ...]
+    pair_skips: tuple[float, ...] | None = None
 
-    @field_validator("targets", "thresholds", "pair_thresholds")
+    @field_validator("targets", "thresholds", "pair_thresholds", "pair_skips")
     @classmethod
-    def _ordered(cls, values: tuple[float, ...]) -> tuple[float, ...]:
+    def _ordered(cls, values: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        if values is None:
+            return None
         if any(v < 0 for v in values):
             raise ValueError("has a negative value")
         if any(b < a for a, b in pairwise(values)):
@@ -101,6 +106,8 @@ class LayerTable(_Strict):
     def _same_length(self) -> LayerTable:
         if not len(self.targets) == len(self.thresholds) == len(self.pair_thresholds):
             raise ValueError("targets, thresholds and pair_thresholds differ in length")
+        if self.pair_skips is not None and (len(self.pair_skips) != len(self.targets) or self.pair_skips[-1] > 1):
+            raise ValueError("pair_skips must be shares in 0..1, one for each target")
         if self.targets[-1] > 1:
             raise ValueError("targets must lie in 0..1")
         if len(set(self.targets)) != len(self.targets):
@@ -119,6 +126,12 @@ class LayerTable(_Strict):
             return LayerThresholds(0.0, 0.0)
         columns = [np.array((0.0, *column)) for column in (self.targets, self.thresholds, self.pair_thresholds)]
         return LayerThresholds(*(float(np.interp(target, columns[0], column)) for column in columns[1:]))
+
+    def pair_skip(self, target: float) -> float | None:
+        """Share of the pairs that the pair threshold for a target skips, by linear interpolation; None: not known."""
+        if self.pair_skips is None:
+            return None
+        return float(np.interp(target, (0.0, *self.targets), (0.0, *self.pair_skips)))
 
 
 class SparsityProfile(_Strict):
@@ -158,6 +171,7 @@ class SparsityProfile(_Strict):
     def second_format_fields(self) -> list[str]:
         """Fields in use that format 1 does not have."""
         used = {"budget": self.budget != "uniform", "neurons": self.neurons, "quality": self.quality}
+        used["pair_skips"] = any(table.pair_skips is not None for table in self.layers.values())
         return [name for name, present in used.items() if present]
 
     @property
@@ -172,13 +186,20 @@ class SparsityProfile(_Strict):
 
     def thresholds(self, layer: str, target_sparsity: float) -> LayerThresholds:
         """tau and rho of ``layer`` (a module name, model.layers.0.mlp.experts) at a sparsity in 0..max_target."""
+        return self._table(layer).at(target_sparsity)
+
+    def pair_skip(self, layer: str, target_sparsity: float) -> float | None:
+        """Share of the pairs that ``layer`` skips at a sparsity in 0..max_target, as calibrated; None: not known."""
+        return self._table(layer).pair_skip(target_sparsity)
+
+    def _table(self, layer: str) -> LayerTable:
         table = self.layers.get(layer)
         if table is None:
             known = next(iter(self.layers))
             raise ProfileError(
                 f"the sparsity profile has no layer {layer!r} (it has {known!r}, ...): calibrate this model again"
             )
-        return table.at(target_sparsity)
+        return table
 
     def check_model(self, served: ModelIdentity, source: str | os.PathLike[str] = "sparsity profile") -> None:
         """ProfileError unless the profile was made for this architecture and these sizes (names may differ)."""
@@ -239,6 +260,9 @@ class SparsityProfile(_Strict):
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             data = self.model_dump(exclude=None if self.format == FORMAT_2 else {"budget", "neurons", "quality"})
+            for table in data["layers"].values():
+                if table["pair_skips"] is None:
+                    del table["pair_skips"]
             temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
             temporary.replace(path)
         except OSError as error:

@@ -67,6 +67,17 @@ def test_rows_and_the_lines_between_them() -> None:
     assert profile.thresholds(LAYERS[0], 0.15) == pytest.approx((0.005, 0.0))
 
 
+def test_shares_of_skipped_pairs(tmp_path: Path) -> None:
+    data = contents() | {"format": "intra-expert-sparsity/2"}
+    data["layers"][LAYERS[0]]["pair_skips"] = [0.0, 0.0, 0.35]
+    profile = SparsityProfile.from_dict(data)
+    assert profile.pair_skip(LAYERS[0], 0.7) == pytest.approx(0.175)
+    assert profile.pair_skip(LAYERS[0], 0.0) == 0.0
+    assert profile.pair_skip(LAYERS[1], 0.7) is None
+    profile.save(tmp_path / "saved.json")
+    assert SparsityProfile.load(tmp_path / "saved.json") == profile
+
+
 @given(
     rows=st.lists(st.tuples(*[st.floats(0, 1)] * 3), min_size=1, max_size=8),
     targets=st.lists(st.floats(0, 1), min_size=2, max_size=2),
@@ -128,6 +139,10 @@ DAMAGE = {
     "columns differ": (put(*TABLE, "thresholds", value=[0.1]), "differ in length"),
     "empty table": (put(*TABLE, value={"targets": [], "thresholds": [], "pair_thresholds": []}), "targets: "),
     "text for a number": (put(*TABLE, "targets", value=["low", 0.5, 0.9]), r"targets\.0: .*number"),
+    "skipped pairs in format 1": (put(*TABLE, "pair_skips", value=[0, 0, 0.3]), "pair_skips needs format"),
+    "skipped pairs above one": (put(*TABLE, "pair_skips", value=[0, 0, 1.3]), "pair_skips must be shares in 0"),
+    "skipped pairs too few": (put(*TABLE, "pair_skips", value=[0.1]), "pair_skips must be shares"),
+    "falling skipped pairs": (put(*TABLE, "pair_skips", value=[0.2, 0.1, 0.1]), "pair_skips: must not decrease"),
     "layer missing": (drop(*TABLE), "layers has 1 entries, model.num_layers says 2"),
     "no layers": (put("layers", value={}), "layers: "),
     "unknown field": (put("model", "experts", value=3), r"model\.experts: "),

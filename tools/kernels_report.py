@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cutedsl_kernels.compile import KernelSpec
-from cutedsl_kernels.compile.defaults import default_specs
+from cutedsl_kernels.compile.defaults import default_specs, dense_path_specs
 from cutedsl_kernels.compile.inspect import KernelFacts, inspect_in_parallel
 from cutedsl_kernels.configs import SMEM_LIMIT
 
@@ -55,6 +55,8 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
     layers = default_specs(every=options.all)
+    dense = list(dense_path_specs().items())
+    layers |= dict(dense if options.all else dense[:4])
     print_table(inspect_in_parallel(layers, options.processes), layers)
 
 

@@ -10,7 +10,7 @@ from ..cost_model import Gpu
 from ..plan import plan_for
 from ..shapes import KNOWN_MODELS, KnownModel, MoEShape
 from ..tuned_table import find_table
-from .specs import KernelSpec, plan_spec
+from .specs import KernelSpec, pair_specs, plan_spec
 
 TOKENS = (1, 8, 32, 128, 512)
 SPARSITIES = (0.0, 0.5, 0.7, 0.85, 0.9)
@@ -54,4 +54,14 @@ def default_specs(hidden_size: int | None = None, every: bool = False) -> dict[K
             names = found.setdefault(stands_for.setdefault(same, spec), [])
             if name not in names:
                 names.append(name)
+    return found
+
+
+def dense_path_specs() -> dict[KernelSpec, list[str]]:
+    """Kernel -> names of the layers whose dense path uses it, with an expert map and without."""
+    found: dict[KernelSpec, list[str]] = {}
+    for name, shape, model in known_shapes():
+        for mapped in (False, True):
+            for spec in pair_specs(shape, model.activation, mapped):
+                found.setdefault(spec, []).append(name)
     return found

@@ -127,6 +127,18 @@ def plan_spec(plan: Plan, shape: MoEShape, **flags: Any) -> KernelSpec:
     raise ValueError(f"plan must be one with a kernel, got {plan}")
 
 
+ACTIVATE_PAIRS = "cutedsl_kernels.kernels.kept_pairs:ActivatePairs"
+SUM_PAIRS = "cutedsl_kernels.kernels.kept_pairs:SumPairs"
+
+
+def pair_specs(shape: MoEShape, activation: str, mapped: bool) -> tuple[KernelSpec, KernelSpec]:
+    """Specs of ActivatePairs and SumPairs; mapped: they take an expert map."""
+    return (
+        KernelSpec.of(ACTIVATE_PAIRS, intermediate_size=shape.intermediate_size, activation=activation, mapped=mapped),
+        KernelSpec.of(SUM_PAIRS, hidden_size=shape.hidden_size, top_k=shape.top_k, mapped=mapped),
+    )
+
+
 class Fakes:
     """Makes fake tensors; ``symbol(name)`` is the same symbolic size wherever it is used."""
 
@@ -204,10 +216,32 @@ def _staged_arguments(fakes: Fakes, spec: Mapping[str, Any]) -> list[Any]:
     ]
 
 
+def _activate_arguments(fakes: Fakes, spec: Mapping[str, Any]) -> list[Any]:
+    pairs, inter = fakes.symbol("pairs"), spec["intermediate_size"]
+    return [
+        fakes.tensor(fakes.bf16, pairs, 2 * inter),
+        fakes.tensor(fakes.i32, pairs, align=4),
+        fakes.tensor(fakes.i32, fakes.symbol("global experts"), align=4) if spec["mapped"] else None,
+        fakes.tensor(fakes.bf16, pairs, inter),
+    ]
+
+
+def _sum_arguments(fakes: Fakes, spec: Mapping[str, Any]) -> list[Any]:
+    tokens, top_k, hidden = fakes.symbol("T"), spec["top_k"], spec["hidden_size"]
+    return [
+        fakes.tensor(fakes.bf16, tokens, top_k, hidden),
+        fakes.tensor(fakes.i32, tokens, top_k, align=4),
+        fakes.tensor(fakes.i32, fakes.symbol("global experts"), align=4) if spec["mapped"] else None,
+        fakes.tensor(fakes.bf16, tokens, hidden),
+    ]
+
+
 # Per kernel: its arguments up to the stream. Tests add theirs.
 SIGNATURES: dict[str, Callable[[Fakes, Mapping[str, Any]], list[Any]]] = {
     FUSED: _fused_arguments,
     STAGED: _staged_arguments,
+    ACTIVATE_PAIRS: _activate_arguments,
+    SUM_PAIRS: _sum_arguments,
 }
 
 

@@ -129,18 +129,20 @@ def calibrate_profile(
     shares = {n: (np.array([0.0, 1.0]), np.array([skip_pairs, skip_pairs])) for n in names if skip_pairs != "auto"}
     if skip_pairs == "auto":
         shares = joint_skip(engine, histograms.layers, spread, weighted, refine_sequences(sequences), progress, batch)
-    rows = []
+    rows, skipped = [], []
     for target in targets:
         wanted = spread.at(target)
         skip = {n: float(np.interp(target, *shares[n])) for n in names}
-        row = {n: histograms.layers[n].thresholds(wanted[n], score=kind, skip_pairs=skip[n]) for n in names}
+        seen = histograms.layers
+        row = {n: seen[n].thresholds(wanted[n], score=kind, skip_pairs=skip[n]) for n in names}
         if target >= REFINE_FROM:
             engine.set_thresholds({n: (*row[n], weighted) for n in names}, sparsity=target)
             seen = record(engine, refine_sequences(sequences), progress).layers
             row = {n: seen[n].thresholds(wanted[n], score=kind, skip_pairs=skip[n]) for n in names}
         rows.append(row)
+        skipped.append({n: seen[n].skippable(row[n].pair_threshold) for n in names})
     engine.set_target(0.0)
-    tables = {name: layer_table(targets, [row[name] for row in rows]) for name in names}
+    tables = {name: layer_table(targets, [r[name] for r in rows], [s[name] for s in skipped]) for name in names}
     neurons = None
     if parts is not None and out is not None:
         digest, size = save_neuron_parts(neuron_file(out), parts)
@@ -281,8 +283,9 @@ def make_profile(
     """A profile of the engine's model from its layers' tables."""
     from ... import __version__
 
+    plain = neurons is None and budget == "uniform" and all(table.pair_skips is None for table in tables.values())
     return SparsityProfile(
-        format=FORMAT if neurons is None and budget == "uniform" else FORMAT_2,
+        format=FORMAT if plain else FORMAT_2,
         model=engine.identity,
         score=score,
         router_weighted=score_named(score).router_weighted,

@@ -90,7 +90,8 @@ class IntraExpertSparseMethod(compat.method_base_class()):  # type: ignore[misc]
                 raise MethodError(str(error)) from None
         if self.config.profile is not None:
             tau, rho = self.config.profile.thresholds(self.prefix, self.config.target)
-            state.set(tau, rho, self.config.profile.router_weighted, f"{self.config.target:g}", self.config.target)
+            skip, target = self.config.profile.pair_skip(self.prefix, self.config.target), self.config.target
+            state.set(tau, rho, self.config.profile.router_weighted, f"{target:g}", target, skip)
         if weights.device.type == "cuda":
             state.choose_plans(layer.expert_map)
         setattr(layer, STATE, state)

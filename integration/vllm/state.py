@@ -12,6 +12,10 @@ from dataclasses import dataclass, field
 import torch
 
 from ...calibration import LayerHistogram, count_active, expert_activations
+from ...compile import compile_count
+from ...environment import gpu_of
+from ...launch import ASSUMED_PAIR_SKIP, warmup, why_no_kernels
+from ...pair_kernels import PairKernels, why_no_pair_kernels
 from ...plan import Plan, plan_for
 from ...quality.scores import UpMoments, observe_up
 from ...reference import expand_thresholds
@@ -26,8 +30,6 @@ BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 102
 
 def supports_kernels(weights: ExpertWeights) -> bool:
     """Whether the GPU kernels can run these weights at all: bf16, biases included, and an sm_90 GPU."""
-    from ...launch import why_no_kernels
-
     return weights.dtype == torch.bfloat16 and why_no_kernels(weights) is None
 
 
@@ -36,8 +38,10 @@ class LayerState:
     """One layer on one rank.
 
     tau: fp32 on the weights' device, [1, 1] or [E, I]; rho: pair threshold; tau and rho zero is the dense model.
+    sparsity, pair_skip: shares that tau and rho are expected to give; they guide the choice of plans.
     exact: apply the thresholds at every batch size, where a GPU would otherwise compute large batches in full.
-    plans: (largest number of tokens, plan), ascending; CUDA only.
+    plans: (largest number of tokens, plan), ascending; CUDA only. pair_kernels: of the dense path, None where they
+    cannot run.
     counters: int64 [4] per label (see count_active), filled while ``counting``. tp_size, tp_rank: how this layer's
     neurons are sharded (1 and 0 under expert parallelism). neuron_weights: c [E, I] of the score, None where it is 1:
     recorders see |act(gate)| * c, and a tau given as a number is divided by it. moments: of the up projection, while
@@ -54,6 +58,7 @@ class LayerState:
     router_weighted: bool = True
     label: str = "0"
     sparsity: float = 0.0
+    pair_skip: float | None = None
     exact: bool = False
     tp_size: int = 1
     tp_rank: int = 0
@@ -65,10 +70,19 @@ class LayerState:
     counters: dict[str, torch.Tensor] = field(default_factory=dict)
     plans: list[tuple[int, Plan]] = field(default_factory=list)
     nobody_map: torch.Tensor | None = None
+    pair_kernels: PairKernels | None = None
 
-    def set(self, tau: float | torch.Tensor, rho: float, router_weighted: bool, label: str, sparsity: float) -> None:
+    def set(
+        self,
+        tau: float | torch.Tensor,
+        rho: float,
+        router_weighted: bool,
+        label: str,
+        sparsity: float,
+        pair_skip: float | None = None,
+    ) -> None:
         """New thresholds. ``tau`` a number, or broadcastable to this rank's [E, I]; ``sparsity``: what they aim at
-        (0..1).
+        (0..1); pair_skip: share of the pairs that rho skips, None if not known.
         """
         device = self.weights.device
         if isinstance(tau, torch.Tensor) and tau.numel() > 1:
@@ -87,7 +101,15 @@ class LayerState:
         else:
             self.tau = new
         self.rho, self.router_weighted, self.label, self.sparsity = float(rho), router_weighted, label, sparsity
-        self.plans = []
+        self.pair_skip = pair_skip
+        self.plans, self.pair_kernels = [], None
+
+    @property
+    def expected_pair_skip(self) -> float:
+        """Share of the pairs that rho is expected to skip."""
+        if self.rho <= 0:
+            return 0.0
+        return ASSUMED_PAIR_SKIP if self.pair_skip is None else self.pair_skip
 
     def choose_plans(self, expert_map: torch.Tensor | None, buckets: Sequence[int] = BUCKETS) -> int:
         """Fixes the plan of each bucket of token counts, and compiles and loads its kernel. CUDA only; not while
@@ -96,11 +118,7 @@ class LayerState:
         A batch runs the plan of the nearest bucket above, so that nothing is chosen or compiled while serving; larger
         batches than the last bucket run dense. Returns the number of kernels compiled.
         """
-        from ...environment import gpu_of
-        from ...launch import ASSUMED_PAIR_SKIP, warmup
-
-        shape = self.weights.shape(self.top_k)
-        skipped = ASSUMED_PAIR_SKIP if self.rho > 0 else 0.0
+        shape, skipped = self.weights.shape(self.top_k), self.expected_pair_skip
         aim, device = max(self.sparsity, skipped), self.weights.device
         compiled, plans = 0, []
         failed: dict[int, str] = {}
@@ -129,7 +147,21 @@ class LayerState:
             sizes, reason = ", ".join(map(str, failed)), next(iter(failed.values()))
             logger.warning("%s and layers of its shape: batches of %s tokens run dense: %s", self.name, sizes, reason)
         self.plans = plans
-        return compiled
+        return compiled + self.load_pair_kernels(expert_map)
+
+    def load_pair_kernels(self, expert_map: torch.Tensor | None) -> int:
+        """Compiles or loads what the dense path runs beside vLLM's products, where it can run here. Returns the number
+        of kernels compiled.
+        """
+        before = compile_count()
+        self.pair_kernels = None
+        if why_no_pair_kernels(self.weights, self.activation) is None:
+            try:
+                shape, mapped = self.weights.shape(self.top_k), expert_map is not None or self.rho > 0
+                self.pair_kernels = PairKernels(shape, self.activation, mapped)
+            except Exception as error:  # no CuTe DSL, or one that refuses: vLLM's functions do it
+                logger.debug("%s: no pair kernels: %s", self.name, error)
+        return compile_count() - before
 
     def plan(self, num_tokens: int) -> Plan:
         """The plan for a batch of ``num_tokens`` tokens."""

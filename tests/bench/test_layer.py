@@ -19,6 +19,7 @@ from cutedsl_kernels.bench.serving import NoServing, serving_plan, vllm_dense_ca
 
 from cutedsl_kernels import UserError
 from cutedsl_kernels.cli import build_app
+from cutedsl_kernels.launch import ASSUMED_PAIR_SKIP
 from cutedsl_kernels.shapes import MoEShape
 
 pytestmark = pytest.mark.cpu
@@ -189,14 +190,16 @@ def test_the_serving_plan_is_the_one_of_the_plugin(monkeypatch: pytest.MonkeyPat
     shape = MoEShape(64, 8, 2048, 1024)
     weights = ExpertWeights(torch.empty(64, 2048, 2048, device="meta"), torch.empty(64, 1024, 2048, device="meta"))
     monkeypatch.setattr(plugin, "supports_kernels", lambda weights: True)
-    monkeypatch.setattr("cutedsl_kernels.launch.warmup", lambda *args, **kwargs: 0)
+    monkeypatch.setattr(plugin, "warmup", lambda *args, **kwargs: 0)
     kinds = set()
-    for sparsity, rho in ((0.0, 0.0), (0.85, 0.0), (0.9, 0.1)):
+    for sparsity, rho, skip in ((0.0, 0.0, None), (0.85, 0.0, None), (0.9, 0.1, None), (0.9, 0.1, 0.35)):
         tau = torch.zeros(1, 1)
-        layer_state = plugin.LayerState("l", weights, 8, "silu", False, tau, rho=rho, sparsity=sparsity)
+        shares = {"sparsity": sparsity, "pair_skip": skip}
+        layer_state = plugin.LayerState("l", weights, 8, "silu", False, tau, rho=rho, **shares)
         layer_state.choose_plans(None)
         for num_tokens in (1, 3, 8, 100, 512, 5000):
-            ours = serving_plan(shape, num_tokens, sparsity, 0.35 if rho else 0.0, torch.device("cuda"))
+            known = skip or (ASSUMED_PAIR_SKIP if rho else 0.0)
+            ours = serving_plan(shape, num_tokens, sparsity, known, torch.device("cuda"))
             assert ours == layer_state.plan(num_tokens), (num_tokens, sparsity, rho)
             kinds.add(ours.kind)
     assert {"dense", "fused"} <= kinds

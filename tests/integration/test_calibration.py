@@ -126,6 +126,18 @@ def test_table_does_not_decrease() -> None:
     table = layer_table([0.3, 0.5, 0.7], [LayerThresholds(*row) for row in ((1.0, 0.2), (0.9, 0.1), (2.0, 0.3))])
     assert table.thresholds == (1.0, 1.0, 2.0)
     assert table.pair_thresholds == (0.2, 0.2, 0.3)
+    assert table.pair_skips is None
+
+
+def test_table_knows_its_skipped_pairs(seed: int) -> None:
+    magnitude, routing = pairs(seed)
+    histogram = LayerHistogram()
+    histogram.observe(magnitude, routing)
+    table = histogram.table([0.2, 0.7], skip_pairs=0.35)
+    for target in (0.2, 0.7):
+        below = float((routing < table.at(target).pair_threshold).float().mean())
+        assert table.pair_skip(target) == pytest.approx(below, abs=0.02)
+    assert histogram.table([0.2, 0.7]).pair_skips is None
 
 
 def test_expert_activations_cover_every_local_pair_once(seed: int) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from cutedsl_kernels import KNOWN_MODELS
 from cutedsl_kernels.compile import KernelSpec
-from cutedsl_kernels.compile.defaults import default_specs, known_shapes
+from cutedsl_kernels.compile.defaults import default_specs, dense_path_specs, known_shapes
 from cutedsl_kernels.compile.inspect import KernelFacts, inspect_kernels
 from cutedsl_kernels.compile.specs import fused_spec, staged_spec
 from cutedsl_kernels.configs import SMEM_LIMIT, FusedConfig, StagedConfig
@@ -28,6 +28,7 @@ MEANT = {
     "staged_moe.GateCompact": (("LDGSTS.E.BYPASS.128", "LDGSTS.E.BYPASS.LTC128B.128"), ("HGMMA", "HMMA")),
     "staged_moe.SparseUp": (("LDGSTS.E.BYPASS.128", "LDGSTS.E.BYPASS.LTC128B.128"), ("HGMMA", "HMMA")),
     "staged_moe.SparseDown": (("LDGSTS.E.BYPASS.128", "LDGSTS.E.BYPASS.LTC128B.128"), ("HGMMA", "HMMA")),
+    "kept_pairs": (("LDG.E.128",),),
 }
 
 
@@ -42,7 +43,7 @@ def faults(fact: KernelFacts) -> list[str]:
         found.append(f"{fact.registers} registers, {fact.threads} threads can have {fact.register_limit}")
     if fact.smem > SMEM_LIMIT:
         found.append(f"{fact.smem} bytes of shared memory, a CTA can have {SMEM_LIMIT}")
-    config = fact.spec.keywords["config"]
+    config = fact.spec.keywords.get("config")
     if isinstance(config, FusedConfig):
         shape = fact.spec.keywords
         counted = config.smem_bytes(shape["hidden_size"], shape["num_experts"])
@@ -111,6 +112,16 @@ def bias_specs() -> dict[str, KernelSpec]:
 @pytest.mark.parametrize("name", bias_specs())
 def test_kernels_with_biases(name: str) -> None:
     assert not [fault for fact in inspect_kernels(bias_specs()[name]) for fault in faults(fact)]
+
+
+def test_kernels_of_the_dense_path() -> None:
+    specs = list(dense_path_specs())
+    specs = specs if EVERY else specs[::7]  # they differ in sizes, k, activation and whether there is an expert map
+    facts = [fact for spec in specs for fact in inspect_kernels(spec)]
+    assert not [fault for fact in facts for fault in faults(fact)]
+    sums = [fact for fact in facts if "top_k" in fact.spec.keywords]
+    assert sums
+    assert all(fact.count("LDG.E.128") == fact.spec.keywords["top_k"] for fact in sums), "one load for each pair"
 
 
 def test_biases_are_compiled_where_the_model_has_them() -> None:

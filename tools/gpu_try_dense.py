@@ -1,0 +1,96 @@
+"""The dense path inside vLLM on an sm_90 GPU: what the kernels for kept pairs save, and which block sizes are fastest.
+
+    python tools/gpu_try_dense.py --model qwen3.5-35b-a3b qwen3-30b-a3b --tokens 1024 4096 --skip 0 0.35 --configs
+
+Needs vLLM, the CuTe DSL and the source tree (tools/source_tree.py) on PYTHONPATH. Every path is checked against the
+definition before it is timed; times are those of the benchmarks (CUDA graph, L2 cold, median). --configs also times
+run_dense under each of CONFIGS instead of what vLLM chooses.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+import torch
+from cutedsl_kernels.bench.baselines import VllmTriton
+from cutedsl_kernels.bench.check import WrongResult, check, expectations
+from cutedsl_kernels.bench.problems import Rule, calls_for, copies_needed, make_batch, make_weights
+from cutedsl_kernels.bench.serving import vllm_dense_calls
+from cutedsl_kernels.bench.timing import Call, copy_bandwidth, prepare
+from vllm.model_executor.layers.fused_moe import override_config
+
+from cutedsl_kernels import KNOWN_MODELS
+
+FIELDS = ("BLOCK_SIZE_M", "BLOCK_SIZE_N", "BLOCK_SIZE_K", "GROUP_SIZE_M", "num_warps", "num_stages")
+CONFIGS = (
+    (16, 64, 128, 1, 4, 3),
+    (16, 128, 128, 1, 8, 3),
+    (16, 128, 64, 1, 4, 3),
+    (32, 128, 64, 1, 4, 3),
+    (32, 128, 128, 1, 8, 3),
+    (64, 128, 64, 1, 4, 3),
+    (64, 128, 64, 1, 4, 4),
+    (64, 256, 64, 1, 4, 3),
+    (128, 128, 64, 1, 8, 3),
+    (128, 256, 64, 1, 8, 4),
+    (128, 256, 64, 16, 8, 4),
+)
+
+
+def time_us(calls: Sequence[Call], expected: Sequence) -> str:
+    """Microseconds, or why there are none."""
+    try:
+        prepared = prepare(calls, "cuda")
+        check(prepared, expected)
+        return f"{prepared.measure(8, 0.5).median_us:8.1f}"
+    except WrongResult as wrong:
+        return f"WRONG {wrong}"
+    except Exception as error:  # Triton: out of shared memory for this config, and the like
+        torch.cuda.synchronize()
+        return f"{type(error).__name__}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", nargs="+", choices=KNOWN_MODELS, default=["qwen3.5-35b-a3b"])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[512, 1024, 2048, 4096, 8192, 16384])
+    parser.add_argument("--skip", nargs="+", type=float, default=[0.0, 0.35])
+    parser.add_argument("--configs", action="store_true")
+    options = parser.parse_args()
+    device = torch.device("cuda")
+    print(torch.cuda.get_device_name(), f"copy {copy_bandwidth(device):.0f} GB/s", flush=True)
+    for name in options.model:
+        model = KNOWN_MODELS[name]
+        copies = max(copies_needed(model.shape, t, 0.9, torch.bfloat16, 25e9) for t in options.tokens)
+        layers = make_weights(model.shape, copies, device, torch.bfloat16, 1)
+        baseline = VllmTriton(0.0)
+        for num_tokens in options.tokens:
+            number = min(calls_for(model.shape, num_tokens, device), 12)
+            batch = make_batch(
+                layers, model.shape.top_k, num_tokens, calls=number, seed=num_tokens, activation=model.activation
+            )
+
+            def show(what: str, found: str, where: str = f"{name} T={num_tokens}") -> None:
+                print(f"{where} {what}: {found}", flush=True)
+
+            if model.activation in ("silu", "gelu"):
+                plain = expectations(batch, batch.cutoffs(Rule()))
+                found = time_us(baseline.own_calls(batch), plain)
+                show(f"vLLM {baseline.own_config(batch)}", found)
+            for skip in options.skip:
+                cutoffs = batch.cutoffs(Rule(skip, skip, True)).without_neurons()
+                expected = expectations(batch, cutoffs)
+                for kernels in (False, True):
+                    calls = vllm_dense_calls(batch, cutoffs, kernels)
+                    show(f"skip {skip} {'with' if kernels else 'without'} pair kernels", time_us(calls, expected))
+                for values in CONFIGS if options.configs else ():
+                    with override_config(dict(zip(FIELDS, values, strict=True)) | {"SPLIT_K": 1}):
+                        show(f"skip {skip} {values}", time_us(vllm_dense_calls(batch, cutoffs), expected))
+        baseline.release()
+        del layers, batch
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
