@@ -21,6 +21,7 @@ from cutedsl_kernels import KNOWN_MODELS, MoEShape, ProfileError, SparsityProfil
 from cutedsl_kernels.cost_model import Gpu
 from cutedsl_kernels.environment import dsl_version, user_dir
 from cutedsl_kernels.plan import forget_plans
+from cutedsl_kernels.shapes import KnownModel
 
 from .progress import Progress
 from .search import Summary, Tuner, compile_all
@@ -54,6 +55,18 @@ def _shares(text: str) -> list[float]:
     return sorted(set(values))
 
 
+Case = tuple[float, float | None]
+
+
+def _cases(text: str) -> list[Case]:
+    """``0.845,0.9:0.35``: sparsities, each with a share of skipped pairs of its own or without."""
+    cases: list[Case] = []
+    for part in text.split(","):
+        sparsity, _, skip = part.partition(":")
+        cases.append((_shares(sparsity)[0], _shares(skip)[0] if skip else None))
+    return cases
+
+
 def _shape(text: str) -> MoEShape:
     try:
         return MoEShape.parse(text)
@@ -71,9 +84,17 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     option("--profile", type=Path, help="sparsity profile: its targets are tuned, for its shape unless one is given")
     option("--tp", type=int, default=1, help="tensor-parallel ranks: each holds 1/tp of every expert's neurons")
     option("--ep", type=int, default=1, help="expert-parallel ranks: each holds 1/ep of the experts")
-    option("--sparsity", type=_shares, help="shares of inactive neurons, comma separated (default the model's cutoff)")
     option(
-        "--pair-skip", type=_shares, default=[0.0], help="shares of pairs skipped whole, comma separated (default 0)"
+        "--sparsity",
+        type=_cases,
+        help="shares of inactive neurons, comma separated (default the model's cutoff); 0.9:0.35 with a share of pairs "
+        "skipped whole of its own",
+    )
+    option(
+        "--pair-skip",
+        type=_shares,
+        default=[0.0],
+        help="shares of pairs skipped whole, comma separated, each with every sparsity that names none (default 0)",
     )
     option("--tokens", type=_positive_ints, help="batch sizes (default 1..512 by powers of two and vLLM's graph sizes)")
     option("--routing", choices=("uniform", "zipf"), default="uniform")
@@ -114,12 +135,11 @@ def _run(options: argparse.Namespace) -> int:
             raise UserError(f"--{name} must be positive, got {getattr(options, name):g}")
     if sum((options.dry_run, options.compile_only, options.simulate is not None)) > 1:
         raise UserError("give one of --dry-run, --compile-only and --simulate")
-    layer, shares = layer_of(options)
-    pairs = [(s, p) for s in shares for p in options.pair_skip]
-    bins = ordered_bins(options.tokens or default_tokens(), [(s, p) for s, p in pairs if p <= s])
+    layer, cases = layer_of(options)
+    bins = ordered_bins(options.tokens or default_tokens(), [(s, p) for s, p in cases if p <= s])
     if not bins:
         raise UserError("--pair-skip must not exceed --sparsity, of which skipped pairs are a part")
-    for s, p in pairs:
+    for s, p in cases:
         if p > s:
             print(f"left out: {p:g} of the pairs skipped at sparsity {s:g}, of which they are a part", file=sys.stderr)
     if options.out is not None:
@@ -160,21 +180,22 @@ def _run(options: argparse.Namespace) -> int:
     return 1 if summary.skipped else 0
 
 
-def layer_of(options: argparse.Namespace) -> tuple[TunedLayer, list[float]]:
-    """The layer and the sparsities that the options ask for. UserError for what is missing, unknown or does not fit."""
+def layer_of(options: argparse.Namespace) -> tuple[TunedLayer, list[tuple[float, float]]]:
+    """The layer, and the (sparsity, share of skipped pairs) that the options ask for. UserError for what is missing,
+    unknown or does not fit."""
     if options.model and options.shape:
         raise UserError("give --model or --shape, not both")
     for name in ("tp", "ep"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} must be at least 1, got {getattr(options, name)}")
     profile = SparsityProfile.load(options.profile) if options.profile else None
-    shares, name, activation, on_input = [DEFAULT_SPARSITY], "", "silu", False
+    shares, name, activation, known = [DEFAULT_SPARSITY], "", "silu", None
     if options.model in KNOWN_MODELS:
         known = KNOWN_MODELS[options.model]
-        shape, name, activation, on_input = known.shape, known.name, known.activation, known.router_weight_on_input
+        shape, name, activation = known.shape, known.name, known.activation
         shares = [known.cutoff] if known.cutoff else shares
     elif options.model:
-        shape, activation = _from_config(Path(options.model))
+        shape, activation, known = _from_config(Path(options.model))
         name = options.model
     elif options.shape:
         shape = options.shape
@@ -190,11 +211,15 @@ def layer_of(options: argparse.Namespace) -> tuple[TunedLayer, list[float]]:
         shape = shape.shard(options.tp, options.ep)
     except ValueError as error:
         raise UserError(f"--tp {options.tp} --ep {options.ep}: {error}") from None
+    on_input, has_bias = (known.router_weight_on_input, known.biases) if known is not None else (False, False)
     weighted = profile.router_weighted if profile is not None else not on_input
-    return TunedLayer(shape, activation, on_input, weighted, name), options.sparsity or shares
+    asked: list[Case] = options.sparsity or [(share, None) for share in shares]
+    cases = [(s, p) for s, own in asked for p in (options.pair_skip if own is None else [own])]
+    return TunedLayer(shape, activation, on_input, weighted, has_bias, name), cases
 
 
-def _from_config(path: Path) -> tuple[MoEShape, str]:
+def _from_config(path: Path) -> tuple[MoEShape, str, KnownModel | None]:
+    """Shape and activation of a checkpoint, and the known model of the same architecture."""
     file = path / "config.json" if path.is_dir() else path
     try:
         config = json.loads(file.read_text())
@@ -206,8 +231,10 @@ def _from_config(path: Path) -> tuple[MoEShape, str]:
         raise UserError(f"--model {path}: not JSON ({error}): give a checkpoint folder or its config.json") from None
     except (ValueError, AttributeError) as error:
         raise UserError(f"--model {path}: {error}") from None
+    known = next((m for m in KNOWN_MODELS.values() if m.architecture in config.get("architectures", ())), None)
     activation = (config.get("text_config") or config).get("hidden_act", "silu")
-    return shape, {"gelu_pytorch_tanh": "gelu_tanh", "swiglu": "silu"}.get(activation, activation)
+    activation = {"gelu_pytorch_tanh": "gelu_tanh", "swiglu": "silu"}.get(activation, activation)
+    return shape, "swigluoai" if known is not None and known.activation == "swigluoai" else activation, known
 
 
 def make_timer(options: argparse.Namespace, layer: TunedLayer) -> Timer:

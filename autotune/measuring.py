@@ -98,7 +98,8 @@ class Measuring:
         missing = copies - len(self._layers)
         if missing > 0:
             seed = self._setup.seed + 1000 * len(self._layers)
-            self._layers += problems.make_weights(layer.shape, missing, self._device, torch.bfloat16, seed)
+            made = problems.make_weights(layer.shape, missing, self._device, torch.bfloat16, seed, layer.has_bias)
+            self._layers += made
         self._batches[num_tokens] = problems.make_batch(
             self._layers[:copies],
             layer.shape.top_k,

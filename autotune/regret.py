@@ -50,10 +50,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m autotune.regr
 
 
 def _run(options: argparse.Namespace) -> int:
-    layer, shares = layer_of(options)
-    bins = ordered_bins(
-        options.tokens or [1, 8, 32, 128], [(s, p) for s in shares for p in options.pair_skip if p <= s]
-    )
+    layer, cases = layer_of(options)
+    bins = ordered_bins(options.tokens or [1, 8, 32, 128], [(s, p) for s, p in cases if p <= s])
     timer = make_timer(options, layer)
     compiling = options.simulate is None and options.device != "cpu"
     compiler, worst = None, 0.0

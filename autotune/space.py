@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -35,6 +36,7 @@ class TunedLayer:
     activation: str = "silu"
     weight_on_input: bool = False
     router_weighted: bool = True
+    has_bias: bool = False
     name: str = ""
 
 
@@ -159,7 +161,8 @@ def specs_of(layer: TunedLayer, plan: Plan, *, every_use: bool = False) -> list[
     uses = [(layer.router_weighted, False)]
     if every_use:
         uses = [(weighted, mapped) for weighted in (True, False) for mapped in (False, True)]
-    common = {"activation": layer.activation, "weight_on_input": layer.weight_on_input}
+    common: dict[str, Any] = {"activation": layer.activation, "weight_on_input": layer.weight_on_input}
+    common["has_bias"] = layer.has_bias
     return [
         plan_spec(plan, layer.shape, router_weighted=weighted, has_expert_map=mapped, **common)
         for weighted, mapped in uses

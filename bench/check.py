@@ -98,10 +98,10 @@ def _same_dtype_reference(part: LayerInputs, batch: Batch, cutoffs: Cutoffs) -> 
         x = part.hidden_states[token]
         if batch.router_weight_on_input:
             x = (x.float() * r).to(x.dtype)
-        gate_up = F.linear(x, weights.w13[e])
+        gate_up = F.linear(x, weights.w13[e], None if weights.w13_bias is None else weights.w13_bias[e])
         a = gate_activation(gate_up[:, :inter], batch.activation)
         score = a.abs().float() * r if cutoffs.rule.router_weighted else a.abs().float()
         h = torch.where(score < cutoffs.thresholds[e], 0, a * up_transform(gate_up[:, inter:], batch.activation))
-        y = h @ weights.w2_rows[e]
+        y = h @ weights.w2_rows[e] + (0 if weights.w2_bias is None else weights.w2_bias[e])
         result.index_add_(0, token, y.float() if batch.router_weight_on_input else (y * r).to(y.dtype).float())
     return result.to(part.hidden_states.dtype)

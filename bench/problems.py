@@ -246,6 +246,8 @@ def _gates_of(batch: Batch, call: LayerInputs) -> PairGates:
         if batch.router_weight_on_input:
             x = (x.float() * r[rows].unsqueeze(1)).to(x.dtype)
         gate[rows] = x.float() @ call.weights.w13[e, :inter].float().t()
+        if call.weights.w13_bias is not None:
+            gate[rows] += call.weights.w13_bias[e, :inter].float()
         first += size
     return PairGates(experts, token, r, gate)
 
@@ -257,9 +259,9 @@ def _quantile(values: torch.Tensor, share: float) -> float:
 
 
 def make_weights(
-    shape: MoEShape, copies: int, device: torch.device | str, dtype: torch.dtype, seed: int
+    shape: MoEShape, copies: int, device: torch.device | str, dtype: torch.dtype, seed: int, biases: bool = False
 ) -> list[ExpertWeights]:
-    """``copies`` random layers. Gate, up: variance 1/H; down: variance 1/I.
+    """``copies`` random layers. Gate, up: variance 1/H; down: variance 1/I; biases, where asked for, 1/16.
 
     Every expert is a window at a random place of one random stretch twice its size: drawing each weight anew takes a
     minute for a real shape on a CPU, and a copy of it seconds. No two experts have a row in common in the same place.
@@ -278,7 +280,9 @@ def make_weights(
         for e in range(experts):
             w13[e].view(-1).copy_(gate_up[starts[2 * e] : starts[2 * e] + 2 * n])
             w2_rows[e].view(-1).copy_(down[starts[2 * e + 1] : starts[2 * e + 1] + n])
-        layers.append(ExpertWeights(w13, w2_rows))
+        sizes = ((experts, 2 * inter), (experts, hidden)) if biases else ()
+        made = [(0.25 * torch.randn(size, device=device, generator=gen)).to(dtype) for size in sizes]
+        layers.append(ExpertWeights(w13, w2_rows, *made))
     return layers
 
 

@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 from cutedsl_kernels.autotune import regret, search
-from cutedsl_kernels.autotune.command import main
+from cutedsl_kernels.autotune.command import build_parser, layer_of, main
+from cutedsl_kernels.autotune.space import specs_of
 
-from cutedsl_kernels import KNOWN_MODELS, MoEShape, plan_for
+from cutedsl_kernels import KNOWN_MODELS, MoEShape, Plan, plan_for
+from cutedsl_kernels.configs import FusedConfig
 from cutedsl_kernels.cost_model import Gpu
 from cutedsl_kernels.plan import forget_plans
 from cutedsl_kernels.tuned_table import TunedTable, table_path
@@ -50,6 +52,24 @@ def test_a_table_is_made_and_used(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert plan_for(SHAPE, 5, 0.88, gpu) == eight.chosen, "the bucket above, the nearest sparsity"
     forget_plans()
     assert "x dense" in capsys.readouterr().out
+
+
+def test_a_sparsity_with_a_pair_skip_of_its_own(tmp_path: Path) -> None:
+    assert main([*NAME, "--simulate", "1", "--tokens", "8", "--sparsity", "0.5,0.9:0.35"]) == 0
+    assert {(e.sparsity, e.pair_skip) for e in table_of(tmp_path / "user").entries} == {(0.5, 0.0), (0.9, 0.35)}
+
+
+def test_a_checkpoint_of_a_known_architecture(tmp_path: Path) -> None:
+    """gpt-oss's config says silu; its layers have a clamped activation and biases, so other kernels."""
+    config = {"num_local_experts": 32, "num_experts_per_tok": 4, "hidden_size": 2880, "intermediate_size": 2880}
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(config | {"hidden_act": "silu", "architectures": ["GptOssForCausalLM"]}))
+    layer, _ = layer_of(build_parser("autotune").parse_args(["--model", str(file)]))
+    assert (layer.activation, layer.has_bias, layer.weight_on_input) == ("swigluoai", True, False)
+    assert all(spec.keywords["has_bias"] for spec in specs_of(layer, Plan("fused", FusedConfig()), every_use=True))
+    file.write_text(json.dumps(config | {"architectures": ["SomeOtherForCausalLM"]}))
+    layer, _ = layer_of(build_parser("autotune").parse_args(["--model", str(file)]))
+    assert (layer.activation, layer.has_bias) == ("silu", False)
 
 
 def test_json_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,15 +18,16 @@ pytestmark = pytest.mark.cpu
 SHAPE = MoEShape(num_experts=8, top_k=2, hidden_size=128, intermediate_size=64)
 
 
-def batch_of(seed: int, **options: object) -> Batch:
-    weights = make_weights(SHAPE, 2, "cpu", torch.bfloat16, seed)
+def batch_of(seed: int, biases: bool = False, **options: object) -> Batch:
+    weights = make_weights(SHAPE, 2, "cpu", torch.bfloat16, seed, biases)
     return make_batch(weights, SHAPE.top_k, 9, calls=4, seed=seed, **options)
 
 
 @pytest.mark.parametrize("rule", [Rule(), Rule(0.85), Rule(0.9, 0.35, True)], ids=str)
+@pytest.mark.parametrize("biases", [False, True], ids=["", "biases"])
 @pytest.mark.parametrize("on_input", [False, True])
-def test_the_back_end_passes(rule: Rule, on_input: bool, seed: int) -> None:
-    batch = batch_of(seed, router_weight_on_input=on_input)
+def test_the_back_end_passes(rule: Rule, on_input: bool, biases: bool, seed: int) -> None:
+    batch = batch_of(seed, biases, router_weight_on_input=on_input, activation="swigluoai" if biases else "silu")
     cutoffs = batch.cutoffs(rule)
     error = check(prepare(sparse_calls(batch, cutoffs, Plan("cpu")), "cpu"), expectations(batch, cutoffs))
     assert 0 < error < 0.02
