@@ -178,8 +178,8 @@ class Tuner:
                 if len(plans) > 1 and self._inherits_from(where) is None and _timed(results[where])
             }
             self._time_all(more, results, compiler)
-        for where in first:
-            entry = self._finish(where, results[where])
+        for where, plans in first.items():
+            entry = self._finish(where, plans, results[where])
             if entry is None:
                 self.summary.skipped.append(where)
                 continue
@@ -188,9 +188,11 @@ class Tuner:
                 self._store.finish(entry)
             self._progress.finished(where, entry, _dense_us(entry))
 
-    def _finish(self, where: Bin, results: dict[Plan, Measurement]) -> Entry | None:
-        """Times the best and dense again while the budget lasts, and chooses."""
-        if not _timed(results) or Plan("dense") not in results:
+    def _finish(self, where: Bin, wanted: Sequence[Plan], results: dict[Plan, Measurement]) -> Entry | None:
+        """Times the best and dense again while the budget lasts, and chooses. None where the budget ended before dense
+        and one of the other ``wanted`` plans had been tried: nothing follows from a plan without rival.
+        """
+        if not _timed(results) or Plan("dense") not in results or len(results) < min(2, len(wanted)):
             return None
         timed = sorted(_timed(results), key=lambda pair: (pair[1].us or 0.0, simplicity(pair[0])))
         spreads: dict[Plan, float] = {}

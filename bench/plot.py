@@ -23,7 +23,7 @@ from cutedsl_kernels import UserError
 
 from .arguments import Parser, default_sparsity
 from .records import read_rows
-from .select import Case, Measured, measured, models
+from .select import Case, Measured, by_gpu, measured, models
 
 README_PLOT = Path("docs/images/speedup")  # and .svg, .png
 TABLE_MARKS = ("<!-- bench:table -->", "<!-- /bench:table -->")
@@ -155,13 +155,15 @@ def _without_neighbours(cases: Cases, cutoff: float) -> dict[Case, Sequence[Meas
 
 
 def plot_all(rows: Sequence[Mapping[str, str]], out: Path) -> list[Path]:
-    """Three plots for every model; the SVG paths. UserError if no row has a baseline to compare with."""
+    """Three plots for every GPU and model; the SVG paths. UserError if no row has a baseline to compare with."""
     made: list[Path] = []
-    for model in models(rows):
-        cases = _without_neighbours(measured(rows, model), default_sparsity(model))
+    gpus = by_gpu(rows)
+    for gpu, model in [(name, model) for name in gpus for model in models(gpus[name])]:
+        cases = _without_neighbours(measured(gpus[gpu], model), default_sparsity(model))
         if not cases:
             continue
-        title, stem = _title(rows, model), re.sub(r"[^A-Za-z0-9.]+", "-", model)
+        name = f"{gpu} {model}" if len(gpus) > 1 else model
+        title, stem = _title(gpus[gpu], model), re.sub(r"[^A-Za-z0-9.]+", "-", name)
         plot_speedup(cases, title, out / f"{stem}-speedup")
         plot_bandwidth(cases, title, out / f"{stem}-bandwidth")
         made += [out / f"{stem}-speedup.svg", out / f"{stem}-bandwidth.svg"]
@@ -183,6 +185,13 @@ def readme_cases(rows: Sequence[Mapping[str, str]]) -> tuple[str, Cases]:
             chosen = [*(cutoff or plain[-1:]), *routed[-1:]]
             return model, {case: cases[case] for case in chosen}
     raise UserError("the CSV files hold no sparse measurement with a baseline: no table to make")
+
+
+def readme_text(rows: Sequence[Mapping[str, str]]) -> str:
+    """Markdown: a table for each GPU, and the plot, which is of the first."""
+    plot = f"![Times as fast as dense over tokens]({README_PLOT.as_posix()}.svg)"
+    first, *others = (readme_table(part) for part in by_gpu(rows).values())
+    return "\n\n".join([first, plot, *others])
 
 
 def readme_table(rows: Sequence[Mapping[str, str]]) -> str:
@@ -215,7 +224,6 @@ def readme_table(rows: Sequence[Mapping[str, str]]) -> str:
         for case in cases:
             cells += _cells(found.get(case))
         lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", f"![Times as fast as dense over tokens]({README_PLOT.as_posix()}.svg)"]
     return "\n".join(lines)
 
 
@@ -256,14 +264,15 @@ def main(argv: Sequence[str] | None = None, prog: str = "bench.plot") -> int:
 
 def update_readme(rows: Sequence[Mapping[str, str]], root: Path) -> None:
     """Rewrites the table between the marks of ``root``/README.md, and the plot it refers to."""
-    model, cases = readme_cases(rows)
+    first = next(iter(by_gpu(rows).values()), [])
+    model, cases = readme_cases(first)
     readme = root / "README.md"
     try:
         text = readme.read_text()
     except OSError as error:
         raise UserError(f"{readme}: {error.strerror}: give --root the folder of README.md") from None
-    updated = with_table(text, readme_table(rows))
-    plot_speedup(cases, _title(rows, model), root / README_PLOT)
+    updated = with_table(text, readme_text(rows))
+    plot_speedup(cases, _title(first, model), root / README_PLOT)
     readme.write_text(updated)
 
 

@@ -85,6 +85,14 @@ def measured(
     return cases
 
 
+def by_gpu(rows: Iterable[Mapping[str, str]]) -> dict[str, list[Mapping[str, str]]]:
+    """Rows of each GPU, the one measured last first: figures of two GPUs never share a table or a plot."""
+    found: dict[str, list[Mapping[str, str]]] = {}
+    for row in rows:
+        found.setdefault(row["gpu"], []).append(row)
+    return dict(sorted(found.items(), key=lambda item: max(row["date"] for row in item[1]), reverse=True))
+
+
 def models(rows: Iterable[Mapping[str, str]]) -> list[str]:
     """Names in the order of their first row."""
     return list(dict.fromkeys(row["model"] for row in rows))

@@ -14,6 +14,7 @@ from .specs import KernelSpec, pair_specs, plan_spec
 
 TOKENS = (1, 8, 32, 128, 512)
 SPARSITIES = (0.0, 0.5, 0.7, 0.85, 0.9)
+TUNED_GPUS = ("NVIDIA H200", "NVIDIA H100 80GB HBM3")
 
 
 def known_shapes() -> Iterator[tuple[str, MoEShape, KnownModel]]:
@@ -27,9 +28,10 @@ def known_shapes() -> Iterator[tuple[str, MoEShape, KnownModel]]:
 def default_plans(shape: MoEShape, activation: str) -> list[Plan]:
     """Every plan with a kernel that plan_for chooses on an H200 for some of TOKENS and SPARSITIES, or that is tuned."""
     plans = {plan_for(shape, tokens, s, Gpu(), 0.0, activation) for tokens in TOKENS for s in SPARSITIES}
-    table = find_table(shape, Gpu())
-    if table is not None:
-        plans |= {entry.chosen for entry in table.entries}
+    for name in TUNED_GPUS:
+        table = find_table(shape, Gpu(name=name))
+        if table is not None:
+            plans |= {entry.chosen for entry in table.entries}
     return sorted((plan for plan in plans if plan.config is not None), key=str)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from cutedsl_kernels.bench import plot
 from cutedsl_kernels.bench.records import COLUMNS, CsvWriter, read_rows
-from cutedsl_kernels.bench.select import Case, measured
+from cutedsl_kernels.bench.select import Case, by_gpu, measured
 
 from cutedsl_kernels import KNOWN_MODELS, UserError
 
@@ -97,6 +97,22 @@ def test_all_plots_are_made(csv_file: Path, tmp_path: Path) -> None:
     assert all(path.stat().st_size > 10_000 for path in out.iterdir())
 
 
+def test_two_gpus_never_share_a_table_or_a_plot(tmp_path: Path) -> None:
+    """The GPU measured last comes first in the README, whatever file is named first."""
+    rows = [
+        row(1, 0.845, 50, gpu="older", date="2026-01-01"),
+        row(8, 0.845, 40, gpu="older", date="2026-01-01"),
+        row(1, 0.845, 25, gpu="newer", date="2026-01-02"),
+    ]
+    text = plot.readme_text(rows)
+    newer, older = text.split(".svg)")
+    assert "on newer" in newer
+    assert "| 1 | 100.0 | 25.0 | **4.00x** | 50% |" in newer
+    assert "on older" in older
+    assert "| 1 | 100.0 | 50.0 | **2.00x** | 50% |" in older
+    assert {path.name.split("-")[0] for path in plot.plot_all(rows, tmp_path)} == {"older", "newer"}
+
+
 def test_readme_is_rewritten_between_its_marks_only(csv_file: Path, tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{plot.TABLE_MARKS[0]}\nold\n{plot.TABLE_MARKS[1]}\nafter\n")
@@ -104,7 +120,7 @@ def test_readme_is_rewritten_between_its_marks_only(csv_file: Path, tmp_path: Pa
         assert plot.main([str(csv_file), "--readme", "--root", str(tmp_path)]) == 0
         text = readme.read_text()
         assert text.startswith(f"before\n{plot.TABLE_MARKS[0]}\nOne MoE layer of {MODEL}")
-        assert text.endswith(f".svg)\n{plot.TABLE_MARKS[1]}\nafter\n")
+        assert text.endswith(f"\n{plot.TABLE_MARKS[1]}\nafter\n")
         assert "old" not in text
         assert "| 1 | 100.0 | 52.4 | **1.91x** | 50% | 40.0 | **2.50x** | 50% |" in text
         assert "| 1024 | 100.0 |  |  |  | 40.0 | **2.50x** | 50% |" in text
@@ -135,8 +151,8 @@ def test_readme_and_its_plot_fit_the_committed_csv() -> None:
         assert shown == "", "README.md shows figures, but bench/results holds no CSV"
         return
     rows = read_rows(RESULTS)
-    assert shown == plot.readme_table(rows), "run: cutedsl-kernels bench plot bench/results/layer*.csv --readme"
-    _, cases = plot.readme_cases(rows)
+    assert shown == plot.readme_text(rows), "run: cutedsl-kernels bench plot bench/results/layer*.csv --readme"
+    _, cases = plot.readme_cases(next(iter(by_gpu(rows).values())))
     drawn = (ROOT / f"{plot.README_PLOT}.svg").read_text()
     assert plot.data_hash(cases) in drawn, "run: cutedsl-kernels bench plot bench/results/layer*.csv --readme"
 

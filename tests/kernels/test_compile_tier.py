@@ -92,7 +92,7 @@ def bias_specs() -> dict[str, KernelSpec]:
     wide, narrow = KNOWN_MODELS["gpt-oss-20b"].shape, KNOWN_MODELS["qwen3.5-35b-a3b"].shape
     mapped = {"has_bias": True, "has_expert_map": True, "activation": "swigluoai"}
     on_input = mapped | {"weight_on_input": True, "router_weighted": False}
-    staged = StagedConfig(down_atoms=1)
+    staged = StagedConfig(row_atoms=1, down_atoms=1)
     return {
         "fused, sums kept": fused_spec(narrow, FusedConfig(), **mapped),
         "fused, weight on the input": fused_spec(
