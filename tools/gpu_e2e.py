@@ -259,6 +259,8 @@ def check_layer(worker: Any) -> list[str]:
     layer, state = next(iter(worker._sparsity_states().values()))
     weights = state.weights
     exact, state.exact = state.exact, False  # as a server runs it
+    if weights.device.type == "cuda":
+        state.choose_plans(layer.expert_map)
     lines = []
     generator = torch.Generator(weights.device).manual_seed(0)
     for num_tokens in (1, 3, 8, 33, 128, 512):
@@ -286,7 +288,7 @@ def check_layer(worker: Any) -> list[str]:
             found = run_dense(state, x, topk_weights, ids.int(), layer.expert_map, layer.global_num_experts)
             lines[-1] += f", vLLM's kernel {error(state, found, x, *given, 0.0):.2e}"
         print(lines[-1], flush=True)
-    state.exact = exact
+    state.exact, state.plans = exact, []
     return lines
 
 

@@ -167,6 +167,8 @@ def compute(
     plan = None
     if x.device.type == "cuda" and x.shape[0] > 0:
         # Kernels are compiled for the layer's k; DeepEP may hand over one row for each pair instead.
+        if state.exact:
+            state.choose_plan(expert_map, x.shape[0])
         plan = state.plan(x.shape[0]) if topk_ids.shape[1] == state.top_k else Plan("dense")
         if plan.kind == "dense" and not (state.exact and state.sparsity > 0) and dense_runs(state):
             found = run_dense(state, x, topk_weights, topk_ids, expert_map, layer.global_num_experts)

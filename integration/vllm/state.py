@@ -39,7 +39,8 @@ class LayerState:
 
     tau: fp32 on the weights' device, [1, 1] or [E, I]; rho: pair threshold; tau and rho zero is the dense model.
     sparsity, pair_skip: shares that tau and rho are expected to give; they guide the choice of plans.
-    exact: apply the thresholds at every batch size, where a GPU would otherwise compute large batches in full.
+    exact: apply the thresholds at every batch size, where a GPU would otherwise compute large batches in full; plans
+    are then chosen as batches come.
     plans: (largest number of tokens, plan), ascending; CUDA only. pair_kernels: of the dense path, None where they
     cannot run.
     counters: int64 [4] per label (see count_active), filled while ``counting``. tp_size, tp_rank: how this layer's
@@ -118,6 +119,18 @@ class LayerState:
         A batch runs the plan of the nearest bucket above, so that nothing is chosen or compiled while serving; larger
         batches than the last bucket run dense. Returns the number of kernels compiled.
         """
+        self.plans, compiled = self._plans_of(expert_map, buckets)
+        return compiled + self.load_pair_kernels(expert_map)
+
+    def choose_plan(self, expert_map: torch.Tensor | None, num_tokens: int) -> None:
+        """The same for the one bucket of ``num_tokens``, unless it has a plan: where thresholds change often, as in
+        calibration, most buckets are never asked for."""
+        bucket = next((size for size in BUCKETS if size >= num_tokens), None)
+        if bucket is not None and all(size != bucket for size, _ in self.plans):
+            self.plans = sorted([*self.plans, *self._plans_of(expert_map, [bucket])[0]], key=lambda pair: pair[0])
+
+    def _plans_of(self, expert_map: torch.Tensor | None, buckets: Sequence[int]) -> tuple[list[tuple[int, Plan]], int]:
+        """(bucket, plan) with kernels compiled and loaded, dense where one cannot be, and how many were compiled."""
         shape, skipped = self.weights.shape(self.top_k), self.expected_pair_skip
         aim, device = max(self.sparsity, skipped), self.weights.device
         compiled, plans = 0, []
@@ -146,8 +159,7 @@ class LayerState:
             _reported.add((shape.key, *failed))
             sizes, reason = ", ".join(map(str, failed)), next(iter(failed.values()))
             logger.warning("%s and layers of its shape: batches of %s tokens run dense: %s", self.name, sizes, reason)
-        self.plans = plans
-        return compiled + self.load_pair_kernels(expert_map)
+        return plans, compiled
 
     def load_pair_kernels(self, expert_map: torch.Tensor | None) -> int:
         """Compiles or loads what the dense path runs beside vLLM's products, where it can run here. Returns the number

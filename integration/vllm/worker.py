@@ -55,7 +55,7 @@ class SparsityWorker(NeuronMethods):
             if isinstance(tau, torch.Tensor) and tau.numel() > 1:
                 tau = shard(tau, layer, state)
             state.set(tau, rho, router_weighted, label, sparsity)
-            if state.weights.device.type == "cuda":
+            if state.weights.device.type == "cuda" and not state.exact:
                 state.choose_plans(layer.expert_map)
 
     def sparsity_exact(self, on: bool) -> None:

@@ -197,6 +197,11 @@ def test_the_serving_plan_is_the_one_of_the_plugin(monkeypatch: pytest.MonkeyPat
         shares = {"sparsity": sparsity, "pair_skip": skip}
         layer_state = plugin.LayerState("l", weights, 8, "silu", False, tau, rho=rho, **shares)
         layer_state.choose_plans(None)
+        one_by_one = plugin.LayerState("l", weights, 8, "silu", False, tau, rho=rho, **shares)
+        for num_tokens in (5000, 512, 100, 8, 3, 1, 3):
+            one_by_one.choose_plan(None, num_tokens)
+            assert one_by_one.plan(num_tokens) == layer_state.plan(num_tokens)
+        assert [bucket for bucket, _ in one_by_one.plans] == [1, 4, 8, 128, 512]
         for num_tokens in (1, 3, 8, 100, 512, 5000):
             known = skip or (ASSUMED_PAIR_SKIP if rho else 0.0)
             ours = serving_plan(shape, num_tokens, sparsity, known, torch.device("cuda"))

@@ -11,23 +11,27 @@ A data-parallel rank is such a process too; the environment says which rank it i
     targets     sparsities to run, one after the other; an engine with CUDA graphs has room for one
     prompts     token ids
     tokens      how many to decode after each prompt
-    limit_s     where everything hangs: after so many seconds the stacks are printed, and the process ends
+    limit_s     where everything hangs: after so many seconds every process prints its stacks, and this one ends
 
-The answer: ``ranks``, what each rank holds of the first layer; and for every target, in ``runs``, the tokens that were
-decoded, the log-probabilities [n - 1][vocabulary] of a sequence of n tokens (the prompt and what follows), the ranks'
-plans [[largest batch, plan], ...], the kernels that were compiled meanwhile, and the thresholds of one-GPU engines.
+The answer: ``ranks``, what each rank holds of the first layer; ``fallbacks``, the layers that run vLLM's own method;
+``compiled_late``, how many kernels each rank compiled between loading and the first prompt. And for every target, in
+``runs``: the tokens that were decoded; the log-probabilities [n - 1][vocabulary] of each sequence of n tokens (the
+prompt and what follows); the ranks' plans [[largest batch, plan], ...]; how many kernels each compiled meanwhile; and,
+where there is one rank, the thresholds.
 """
 
 from __future__ import annotations
 
 import faulthandler
 import json
+import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 BEGUN = time.perf_counter()
+ENDS = "CUTEDSL_KERNELS_TEST_ENDS"  # tells the workers when time is up
 
 
 def say(*words: object) -> None:
@@ -82,12 +86,12 @@ def run(engine: Any, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
         "compiled_late": [
             now["compiled_late"] - then["compiled_late"] for now, then in zip(after, before, strict=True)
         ],
-        "fallbacks": after[0]["fallbacks"],
     }
 
 
 def main(task_file: str, answer_file: str) -> None:
     task = json.loads(Path(task_file).read_text())
+    os.environ[ENDS] = str(time.time() + task["limit_s"])
     faulthandler.dump_traceback_later(task["limit_s"], exit=True)
     from cutedsl_kernels.integration.vllm.calibrate import calibrate_profile
     from cutedsl_kernels.integration.vllm.engine import SparseEngine
@@ -96,6 +100,7 @@ def main(task_file: str, answer_file: str) -> None:
     start = {"record": True} if calibrate else {"profile": task["profile"], "target": targets[0]}
     engine = SparseEngine(task["folder"], **start, **task["options"])
     say("engine started")
+    reports = engine._call("sparsity_report")
     if calibrate:
         texts = calibrate.pop("texts")
         out = Path(task["profile"])
@@ -104,7 +109,12 @@ def main(task_file: str, answer_file: str) -> None:
         )
         engine.profile.save(out)
         say("calibrated")
-    answer: dict[str, Any] = {"ranks": engine.llm.collective_rpc(describe), "runs": {}}
+    answer: dict[str, Any] = {
+        "ranks": engine.llm.collective_rpc(describe),
+        "fallbacks": reports[0]["fallbacks"],
+        "compiled_late": [report["compiled_late"] for report in reports],
+        "runs": {},
+    }
     for target in targets:
         if target != engine.target or calibrate:
             engine.set_target(target)
@@ -119,3 +129,5 @@ def main(task_file: str, answer_file: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+elif __name__ == "__mp_main__":  # a worker that vLLM has spawned
+    faulthandler.dump_traceback_later(max(float(os.environ[ENDS]) - time.time() - 3, 1))

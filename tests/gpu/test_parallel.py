@@ -1,6 +1,6 @@
 """Two sm_90 GPUs against one: real vLLM engines under tensor, expert and data parallelism, dense and sparse.
 
-python -m pytest -m gpu -s tests/gpu/test_parallel.py      (needs vLLM; nothing need be installed; 4 to 6 minutes)
+python -m pytest -m gpu -s tests/gpu/test_parallel.py      (needs vLLM; nothing need be installed; about 10 minutes)
 
 The measure is the definition: a transformers model in fp32 whose experts run sparse_moe_ref, on the tokens that the
 engine saw and decoded. Parallel engines run in bf16, as the one-GPU engine does, and may be off by twice what that one
@@ -14,6 +14,7 @@ first, side by side; they make the profiles and run both targets in eager mode.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import random
@@ -41,7 +42,7 @@ SPARSE = 0.8
 EXPERTS, NEURONS, VOCABULARY = 16, 256, 256
 MAX_BATCH = 8  # tokens of a rank at once: data-parallel ranks gather twice as many, which must still run a kernel
 DECODED = 12
-LIMIT_S = 110
+LIMIT_S = 240  # an engine starts in 70 s where nothing has been imported before
 
 ENGINE: dict[str, Any] = {
     "dtype": "bfloat16",
@@ -97,14 +98,14 @@ EP = {**TP, "enable_expert_parallel": True}
 DP = {"enable_expert_parallel": True, "all2all_backend": "allgather_reducescatter", "async_scheduling": False}
 CASES = (
     Case("tp2-graphs-sparse", "qwen3-moe", (SPARSE,), {**TP, **GRAPHS}, NEURONS // 2, EVERYWHERE),
-    Case("tp2-graphs-dense", "qwen3-moe", (0.0,), {**TP, **GRAPHS}, NEURONS // 2, EVERYWHERE),
     Case("ep2-linear", "qwen3-moe", (SPARSE, 0.0), EP, NEURONS, HALVES),
     Case("dp2-ep2", "qwen3-moe", (SPARSE, 0.0), DP, NEURONS, HALVES, data_parallel=2),
-    Case("dp2-ep2-graphs-sparse", "qwen3-moe", (SPARSE,), {**DP, **GRAPHS}, NEURONS, HALVES, data_parallel=2),
     # vLLM places experts in turn only where they are routed in groups; elsewhere it falls back to halves and warns.
     Case(
         "ep2-round-robin", "glm4-moe", (SPARSE, 0.0), {**EP, "expert_placement_strategy": "round_robin"}, NEURONS, TURNS
     ),
+    Case("tp2-graphs-dense", "qwen3-moe", (0.0,), {**TP, **GRAPHS}, NEURONS // 2, EVERYWHERE),
+    Case("dp2-ep2-graphs-sparse", "qwen3-moe", (SPARSE,), {**DP, **GRAPHS}, NEURONS, HALVES, data_parallel=2),
 )
 
 
@@ -125,7 +126,9 @@ TEXTS = sequences(2, [64] * 8)
 
 
 def save_checkpoint(name: str, folder: Path) -> None:
-    """bf16 random weights that keep the activations near 1 and spread both routing weights and predictions."""
+    """bf16 random weights that keep the activations near 1 and spread routing weights and predictions. Where thresholds
+    are per neuron, up rows differ in size, and so do they: a rank that had another one's would be noticed.
+    """
     import transformers
 
     if name == "qwen3-moe":
@@ -141,6 +144,8 @@ def save_checkpoint(name: str, folder: Path) -> None:
             if tensor.dim() > 1:
                 scale = 1.0 if "embed_tokens" in key else 0.15 if "lm_head" in key else 0.06
                 tensor.normal_(0.0, scale, generator=generator)
+                if name == "glm4-moe" and tensor.dim() == 3 and key.endswith("gate_up_proj"):
+                    tensor[:, NEURONS:] *= (0.5 * torch.randn(EXPERTS, NEURONS, 1, generator=generator)).exp()
             elif "correction_bias" in key:
                 tensor.normal_(0.0, 0.1, generator=generator)
     model.to(torch.bfloat16).save_pretrained(folder)
@@ -154,6 +159,7 @@ class Machine:
     environment: dict[str, str]
     references: dict[str, Any] = field(default_factory=dict)  # model -> answer, or why there is none
     definitions: dict[tuple[str, str], torch.nn.Module] = field(default_factory=dict)
+    known_errors: dict[tuple[str, str], Errors] = field(default_factory=dict)
 
     def task(self, model: str, targets: tuple[float, ...], prompts: list[list[int]], **more: Any) -> dict[str, Any]:
         return {
@@ -185,6 +191,12 @@ class Machine:
         )
         self.definitions[model, target] = defined
         return defined
+
+    def reference_errors(self, model: str, target: str) -> Errors:
+        """Of the one-GPU engine."""
+        if (model, target) not in self.known_errors:
+            self.known_errors[model, target] = errors(self, model, target, self.reference(model)["runs"][target])
+        return self.known_errors[model, target]
 
 
 def free_port() -> int:
@@ -249,18 +261,22 @@ def run_together(
                 process.wait()
     answers: list[dict[str, Any] | str] = []
     for index, process in enumerate(processes):
+        log_text = path(index, "log").read_text(errors="replace")
+        for line in log_text.splitlines():
+            if line.startswith("[") and " s] " in line[:12]:
+                say(f"{name}.{index}: {line}")
         if process.returncode == 0:
             answers.append(json.loads(path(index, "answer.json").read_text()))
         else:
-            log_end = path(index, "log").read_text(errors="replace")[-6000:]
-            answers.append(f"exit {process.returncode}, the log ends:\n{log_end}")
+            answers.append(f"exit {process.returncode}, the log ends:\n{log_text[-6000:]}")
     say(f"{name}: exit {[process.returncode for process in processes]}, {time.monotonic() - begun:.0f} s")
     return answers
 
 
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
-    pytest.importorskip("vllm")
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("needs vLLM")
     folder = tmp_path_factory.mktemp("parallel")
     environment = {
         "VLLM_NO_USAGE_STATS": "1",
@@ -288,8 +304,10 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     devices = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")
     answers = run_together(machine, "one", tasks, [{"CUDA_VISIBLE_DEVICES": device} for device in devices[:2]])
     machine.references = dict(zip(SCORES, answers, strict=True))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # for the definitions: too small for more
     yield machine
-    say("end")
+    torch.set_num_threads(threads)
 
 
 # ---- measures --------------------------------------------------------------------------------------------------------
@@ -306,19 +324,21 @@ class Errors:
     effect: torch.Tensor
 
 
-def errors(machine: Machine, model: str, target: str, prompts: list[list[int]], run: dict[str, Any]) -> Errors:
+def errors(machine: Machine, model: str, target: str, run: dict[str, Any]) -> Errors:
+    """run: of all PROMPTS, in their order."""
     import hf_reference
 
     parts: tuple[list[torch.Tensor], ...] = ([], [], [])
-    for prompt, tokens, found in zip(prompts, run["tokens"], run["log_probs"], strict=True):
+    for prompt, tokens, found in zip(PROMPTS, run["tokens"], run["log_probs"], strict=True):
         assert len(tokens) == DECODED
-        exact, dense = (
-            hf_reference.log_probs(machine.definition(model, at), [*prompt, *tokens]) for at in (target, "0")
-        )
-        assert torch.tensor(found).shape == exact.shape
-        off = (torch.tensor(found) - exact).abs().amax(dim=1)
+        exact = {
+            at: hf_reference.log_probs(machine.definition(model, at), [*prompt, *tokens]) for at in ("0", f"{SPARSE:g}")
+        }
+        assert torch.tensor(found).shape == exact[target].shape
+        off = (torch.tensor(found) - exact[target]).abs().amax(dim=1)
+        effect = (exact["0"] - exact[f"{SPARSE:g}"]).abs().amax(dim=1)
         cut = len(prompt) - 1
-        for part, values in zip(parts, (off[:cut], off[cut:], (exact - dense).abs().amax(dim=1)), strict=True):
+        for part, values in zip(parts, (off[:cut], off[cut:], effect), strict=True):
             part.append(values)
     return Errors(*map(torch.cat, parts))
 
@@ -331,30 +351,35 @@ def check_ranks(case: Case, ranks: list[dict[str, Any]]) -> None:
     assert all(rank["modular"] == (case.data_parallel > 1) for rank in ranks)
 
 
-def check_kernels(run: dict[str, Any], largest_batch: int) -> None:
-    """Every rank planned a sparse kernel for all batches that there were, and compiled nothing on the way."""
+def check_kernels(run: dict[str, Any], largest_batch: int, served: bool) -> None:
+    """Every rank planned a sparse kernel for all batches that there were. served: with CUDA graphs, as a server, which
+    compiles nothing on the way; otherwise plans are chosen as batches come.
+    """
     for plans in run["plans"]:
         below = [bucket for bucket, _ in plans if bucket < largest_batch]
         used = plans[: len(below) + 1]
         assert used
         assert all(plan.startswith(("fused", "staged")) for _, plan in used), used
-    assert not any(run["compiled_late"]), run["compiled_late"]
+    assert not served or not any(run["compiled_late"]), run["compiled_late"]
 
 
 def check_errors(name: str, found: Errors, allowed: Errors) -> None:
-    """The one-GPU engine's error, doubled in the median over positions. Rounding in a router sends single tokens to
-    other experts, in either engine; how far those are off differs more, so the 0.9 quantile may be three times as much.
-    A sparse engine must also be nearer to its own definition than to the dense one.
+    """At most twice the one-GPU engine's error, in the median over positions: rounding in a router sends single tokens
+    to other experts, in either engine. And nearer to the definition than dense and sparse are to each other, by half in
+    the median, in nine positions of ten at all.
     """
     effect = found.effect.median()
     for phase in ("prompt", "decoded"):
         error, one = getattr(found, phase), getattr(allowed, phase)
-        for share, factor in ((0.5, 2), (0.9, 3)):
-            off, least = error.quantile(share), one.quantile(share)
-            line = f"{name}: {phase}, quantile {share}: off by {off:.4f}, one GPU {least:.4f}, thresholds {effect:.4f}"
-            say(line)
-            assert off <= factor * least + 1e-5, line
-        assert effect == 0 or error.median() < effect / 2, line
+        most, most_one = error.quantile(0.9), one.quantile(0.9)
+        line = (
+            f"{name}, {phase}: off by {error.median():.4f} (one GPU {one.median():.4f}), nine of ten by at most "
+            f"{most:.4f} ({most_one:.4f}); dense and sparse differ by {effect:.4f}"
+        )
+        say(line)
+        assert error.median() <= 2 * one.median() + 1e-5, line
+        assert error.median() < effect / 2, line
+        assert most < effect, line
 
 
 # ---- tests -----------------------------------------------------------------------------------------------------------
@@ -362,23 +387,22 @@ def check_errors(name: str, found: Errors, allowed: Errors) -> None:
 
 @pytest.mark.parametrize("model", SCORES)
 def test_one_gpu_computes_the_definition(model: str, machine: Machine) -> None:
-    """What the other tests compare with: less than half of what the thresholds change, also where they are dense."""
+    """What the other tests compare with."""
     answer = machine.reference(model)
-    check_kernels(answer["runs"][f"{SPARSE:g}"], MAX_BATCH)
-    found = {target: errors(machine, model, target, PROMPTS, run) for target, run in answer["runs"].items()}
-    effect = found[f"{SPARSE:g}"].effect.median()
-    for target, error in found.items():
-        check_errors(f"one {model} {target}", error, error)
-        assert max(error.prompt.median(), error.decoded.median()) < effect / 2
+    check_kernels(answer["runs"][f"{SPARSE:g}"], MAX_BATCH, served=False)
+    for target in answer["runs"]:
+        found = machine.reference_errors(model, target)
+        check_errors(f"one {model} {target}", found, found)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_two_gpus_compute_what_one_does(case: Case, machine: Machine) -> None:
-    reference = machine.reference(case.model)
-    options = {**ENGINE, **case.options}
+    machine.reference(case.model)
     size = case.data_parallel
-    prompts = [PROMPTS[rank::size] for rank in range(size)]
-    tasks = [machine.task(case.model, case.targets, part, options=options) for part in prompts]
+    tasks = [
+        machine.task(case.model, case.targets, PROMPTS[rank::size], options={**ENGINE, **case.options})
+        for rank in range(size)
+    ]
     environments: list[dict[str, str]] = [{}]
     if size > 1:
         group = {"VLLM_DP_SIZE": str(size), "VLLM_DP_MASTER_IP": "127.0.0.1", "VLLM_DP_MASTER_PORT": str(free_port())}
@@ -388,15 +412,13 @@ def test_two_gpus_compute_what_one_does(case: Case, machine: Machine) -> None:
     assert not failed, "\n\n".join(failed)
 
     check_ranks(case, [rank for answer in answers for rank in answer["ranks"]])
+    assert not any(answer["fallbacks"] for answer in answers)
+    assert not any(late for answer in answers for late in answer["compiled_late"])
     for target in (f"{target:g}" for target in case.targets):
         runs = [answer["runs"][target] for answer in answers]
         if target != "0":
             for run in runs:
-                check_kernels(run, MAX_BATCH * size)
-        everything = {
-            "tokens": [runs[i % size]["tokens"][i // size] for i in range(len(PROMPTS))],
-            "log_probs": [runs[i % size]["log_probs"][i // size] for i in range(len(PROMPTS))],
-        }
-        found = errors(machine, case.model, target, PROMPTS, everything)
-        allowed = errors(machine, case.model, target, PROMPTS, reference["runs"][target])
-        check_errors(f"{case.name} {target}", found, allowed)
+                check_kernels(run, MAX_BATCH * size, served="compilation_config" in case.options)
+        whole = {key: [runs[i % size][key][i // size] for i in range(len(PROMPTS))] for key in ("tokens", "log_probs")}
+        found = errors(machine, case.model, target, whole)
+        check_errors(f"{case.name} {target}", found, machine.reference_errors(case.model, target))

@@ -26,6 +26,7 @@ SMALL = {"num_experts": 4, "top_k": 2, "hidden_size": 256, "intermediate_size": 
 DTYPES = {"int32": torch.int32, "float32": torch.float32, "bfloat16": torch.bfloat16}
 one_worker = pytest.mark.xdist_group("staged: same two compilations")
 WARP = StagedConfig(wgmma=0, row_stages=3, down_stages=2)
+LINES = replace(WARP, row_atoms=1, down_atoms=1)  # for any H that is a multiple of 64
 
 
 @functools.cache
@@ -160,13 +161,14 @@ SHAPES = {
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_shapes(run_ptx, seed: int, name: str) -> None:
-    run(run_ptx, seed, replace(WARP, down_atoms=1), num_tokens=7, **SHAPES[name])
+    run(run_ptx, seed, LINES, num_tokens=7, **SHAPES[name])
 
 
 CONFIGS = {
     "32 tokens": replace(WARP, token_block=32),
     "64 tokens, 2 stages": replace(WARP, token_block=64, row_stages=2),
-    "256-byte pieces of rows": replace(WARP, row_atoms=2, down_atoms=4, down_stages=3),
+    "128-byte pieces of rows": replace(WARP, row_atoms=1),
+    "512-byte pieces of down rows": replace(WARP, down_atoms=4, down_stages=3),
     "two warp groups, up rows by 16": replace(WARP, row_groups=2, up_rows=16),
     "more stages than tiles": replace(WARP, row_stages=6, down_stages=5),
     "column tiles not divisible": replace(WARP, down_atoms=1, down_tiles=3),
@@ -219,7 +221,7 @@ def test_biases(run_ptx, seed: int, name: str) -> None:
 
 def test_more_pairs_than_the_sort_keeps_in_registers(run_ptx, seed: int) -> None:
     shape = {"num_experts": 2, "top_k": 4, "hidden_size": 64, "intermediate_size": 8}
-    run(run_ptx, seed, replace(WARP, down_atoms=1), num_tokens=1100, routing="repeated", skip_pairs=0.98, **shape)
+    run(run_ptx, seed, LINES, num_tokens=1100, routing="repeated", skip_pairs=0.98, **shape)
 
 
 @one_worker
