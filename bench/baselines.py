@@ -27,7 +27,7 @@ from .timing import Call, prepare
 
 NAMES = ("vllm-triton", "torch-dense", "torch-grouped-mm", "quack-dense")
 
-_TRITON_FIELDS = ("BLOCK_SIZE_M", "BLOCK_SIZE_N", "BLOCK_SIZE_K", "GROUP_SIZE_M", "num_warps", "num_stages")
+TRITON_FIELDS = ("BLOCK_SIZE_M", "BLOCK_SIZE_N", "BLOCK_SIZE_K", "GROUP_SIZE_M", "num_warps", "num_stages")
 # Tried, most promising first, where vLLM ships no config; from what its shipped bf16 configs for the H200 choose.
 _TRITON_SMALL = (
     (16, 64, 128, 1, 4, 4),
@@ -258,7 +258,7 @@ class VllmTriton(Baseline):
         for values in _candidates(batch):
             if time.perf_counter() - started > self._tune_seconds:
                 break
-            config = dict(zip(_TRITON_FIELDS, values, strict=True)) | {"SPLIT_K": 1}
+            config = dict(zip(TRITON_FIELDS, values, strict=True)) | {"SPLIT_K": 1}
             try:
                 us = prepare(self._calls(batch, config), device).measure(5, 0.3).median_us
             except Exception as error:  # Triton: out of shared memory for this config, and the like
@@ -279,7 +279,7 @@ def _candidates(batch: Batch) -> Sequence[tuple[int, ...]]:
 
 
 def _text(config: dict[str, int], source: str) -> str:
-    return json.dumps({"source": source} | {name: config[name] for name in _TRITON_FIELDS if name in config})
+    return json.dumps({"source": source} | {name: config[name] for name in TRITON_FIELDS if name in config})
 
 
 def make_baselines(names: Sequence[str], tune_seconds: float = 20.0) -> list[Baseline]:

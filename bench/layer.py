@@ -269,6 +269,8 @@ class Point:
         except NoPlan as reason:
             bench.once(f"{where}: plan {text} left out: {reason}")
             return
+        if plans == [Plan("cpu")] and text not in ("auto", "serving", "cpu"):
+            bench.once(f"plan {text}: on a CPU the CPU back end runs instead")
         cutoffs = batch.cutoffs(rule)
         counts, expected = batch.count(cutoffs), expectations(batch, cutoffs)
         choice = text if text in ("auto", "serving") else "asked"

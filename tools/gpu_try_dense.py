@@ -13,7 +13,7 @@ import argparse
 from collections.abc import Sequence
 
 import torch
-from cutedsl_kernels.bench.baselines import VllmTriton
+from cutedsl_kernels.bench.baselines import TRITON_FIELDS, VllmTriton
 from cutedsl_kernels.bench.check import WrongResult, check, expectations
 from cutedsl_kernels.bench.problems import Rule, calls_for, copies_needed, make_batch, make_weights
 from cutedsl_kernels.bench.serving import vllm_dense_calls
@@ -22,8 +22,7 @@ from vllm.model_executor.layers.fused_moe import override_config
 
 from cutedsl_kernels import KNOWN_MODELS
 
-FIELDS = ("BLOCK_SIZE_M", "BLOCK_SIZE_N", "BLOCK_SIZE_K", "GROUP_SIZE_M", "num_warps", "num_stages")
-CONFIGS = (
+CONFIGS = (  # in the order of TRITON_FIELDS
     (16, 64, 128, 1, 4, 3),
     (16, 128, 128, 1, 8, 3),
     (16, 128, 64, 1, 4, 3),
@@ -85,7 +84,7 @@ def main() -> None:
                     calls = vllm_dense_calls(batch, cutoffs, kernels)
                     show(f"skip {skip} {'with' if kernels else 'without'} pair kernels", time_us(calls, expected))
                 for values in CONFIGS if options.configs else ():
-                    with override_config(dict(zip(FIELDS, values, strict=True)) | {"SPLIT_K": 1}):
+                    with override_config(dict(zip(TRITON_FIELDS, values, strict=True)) | {"SPLIT_K": 1}):
                         show(f"skip {skip} {values}", time_us(vllm_dense_calls(batch, cutoffs), expected))
         baseline.release()
         del layers, batch

@@ -114,6 +114,7 @@ def calibrate(
 
     from ..integration.vllm.calibrate import calibrate_profile, planned_tokens
     from ..integration.vllm.engine import SparseEngine, check_model
+    from ..quality.engine_eval import able_length
     from ..quality.text import cut_sequences, read_texts
 
     words, text_hash = read_texts(text)
@@ -121,8 +122,7 @@ def calibrate(
         _too_short(len(words.encode()))
     config = check_model(model)
     out = _check_out(out, model)
-    longest = (config.get("text_config") or config).get("max_position_embeddings")
-    limit = min(max_len + 1, longest) if isinstance(longest, int) else max_len + 1
+    max_len = able_length(config, max_len)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     console = Console(stderr=True)
@@ -133,7 +133,7 @@ def calibrate(
     if SCORES[score].weight == "learned":
 
         def learn() -> LearnedParts:
-            return _learn(model, words, score, learn_steps, max_tokens, min(max_len, limit - 1), console)
+            return _learn(model, words, score, learn_steps, max_tokens, max_len, console)
 
         score, learned = _learn_or_give_up(score, learn, auto and budget != "learned", console.print)
     if budget is None:  # a layer cannot be less sparse than its share of skipped pairs
@@ -143,15 +143,13 @@ def calibrate(
         engine = SparseEngine(
             model,
             record=True,
-            max_model_len=limit,
+            max_model_len=max_len + 1,
             tensor_parallel_size=tensor_parallel_size,
             enable_expert_parallel=enable_expert_parallel,
             disable_log_stats=True,
         )
     try:
-        sequences = cut_sequences(
-            words, engine.tokenizer.encode, max_tokens=max_tokens, max_len=min(max_len, limit - 1)
-        )
+        sequences = cut_sequences(words, engine.tokenizer.encode, max_tokens=max_tokens, max_len=max_len)
         tokens = sum(map(len, sequences))
         if tokens < MINIMUM_TOKENS:
             _too_short(tokens)
@@ -168,7 +166,7 @@ def calibrate(
                 engine,
                 sequences,
                 text_sha256=text_hash,
-                max_len=min(max_len, limit - 1),
+                max_len=max_len,
                 score=score,
                 skip_pairs=share,
                 targets=targets,

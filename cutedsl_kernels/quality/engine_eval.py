@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,10 +53,7 @@ def start_engine(
             raise UserError(
                 f"--target must lie in 0..{loaded.max_target:g} (the largest target of {path}), got {target:g}"
             )
-    longest = (config.get("text_config") or config).get("max_position_embeddings")
-    limit = None if max_len is None else max_len + 1
-    if limit is not None and isinstance(longest, int):
-        limit = min(limit, longest)
+    limit = None if max_len is None else able_length(config, max_len) + 1
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     return SparseEngine(
@@ -66,6 +64,16 @@ def start_engine(
         tensor_parallel_size=tensor_parallel_size,
         disable_log_stats=True,
     )
+
+
+def able_length(config: Mapping[str, Any], max_len: int) -> int:
+    """``max_len``, or the most tokens of a sequence that the model with ``config`` takes with one more to predict; says
+    so where that is less."""
+    longest = (config.get("text_config") or config).get("max_position_embeddings")
+    if not isinstance(longest, int) or max_len < longest:
+        return max_len
+    print(f"--max-len {max_len}: cut to {longest - 1}, the model's context is {longest} tokens", file=sys.stderr)
+    return longest - 1
 
 
 def setting_qualities(

@@ -175,10 +175,13 @@ def test_the_command_line_forwards(capsys: pytest.CaptureFixture[str]) -> None:
     assert CliRunner().invoke(build_app(), ["bench", "layer", "--tokens", "x"]).exit_code == 2
 
 
-def test_the_serving_choice_on_a_cpu_is_the_back_end(tmp_path: Path) -> None:
+def test_the_serving_choice_on_a_cpu_is_the_back_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "out.csv"
     assert layer.main([*SMALL, "--tokens", "3", "--plans", "serving", "--csv", str(path)]) == 0
     assert [(row["plan"], row["choice"]) for row in rows_of(path)] == [("torch-dense", "baseline"), ("cpu", "serving")]
+    assert "runs instead" not in capsys.readouterr().out
+    assert layer.main([*SMALL, "--tokens", "3", "--plans", "fused"]) == 0
+    assert "plan fused: on a CPU the CPU back end runs instead" in capsys.readouterr().out
 
 
 def test_the_serving_plan_is_the_one_of_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -184,7 +184,8 @@ def test_a_weight_on_the_input_is_applied_once(
     )
     problem.pair_threshold = float(problem.topk_weights.flatten().sort().values[int(19 * skip_pairs)])
     set_thresholds(problem, generator, 0.7)
-    check_close(run(problem, no_exchange(), monkeypatch), problem)
+    # Where the rule sees the weight it is multiplied in and divided out again, so the result is rounded twice.
+    check_close(run(problem, no_exchange(), monkeypatch), problem, 3.0 if router_weighted else 2.0)
 
 
 @pytest.mark.parametrize("on_input", [False, True], ids=["output", "input"])

@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 from cutedsl_kernels import UserError
+from cutedsl_kernels.quality.engine_eval import able_length
 from cutedsl_kernels.quality.metrics import Comparison, agreement_length, byte_gain_batch_1, kl_to_dense
 from cutedsl_kernels.quality.report import (
     LayerRealised,
@@ -134,3 +135,12 @@ def test_unwritable_outputs_are_named(tmp_path: Path) -> None:
         write_json(tmp_path / "file" / "x.json", {})
     with pytest.raises(UserError, match=r"--plot .*cannot be written"):
         plot_quality(tmp_path / "x.unknown", {"a": rows()}, "title")
+
+
+def test_sequences_longer_than_the_context_are_cut_with_a_word(capsys: pytest.CaptureFixture[str]) -> None:
+    config = {"text_config": {"max_position_embeddings": 128}}
+    assert able_length(config, 127) == 127
+    assert able_length({}, 10**6) == 10**6
+    assert capsys.readouterr().err == ""
+    assert able_length(config, 512) == 127
+    assert capsys.readouterr().err == "--max-len 512: cut to 127, the model's context is 128 tokens\n"
