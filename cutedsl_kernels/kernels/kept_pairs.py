@@ -23,7 +23,7 @@ VECTORS = 2  # vectors of 8 columns that a thread of ActivatePairs handles
 
 
 @cute.jit
-def computed_here(expert: cutlass.Int32, expert_map: cute.Tensor | None):
+def computed_here(expert, expert_map):
     """Whether a pair's global expert is on this rank: not negative, and the map, if any, sends it to one."""
     here = expert >= 0
     if cutlass.const_expr(expert_map is not None):
