@@ -116,7 +116,7 @@ def test_the_budget_leaves_out_what_it_does_not_reach(seed: int, monkeypatch: py
     assert summary.entries
     assert set(summary.entries) | set(summary.skipped) == set(bins)
     assert timer.calls <= 52
-    for seconds in range(1, 60):  # wherever it ends, dense is never chosen for want of a rival
+    for seconds in (1, 2, 7, 13, 29):  # wherever it ends, dense is never chosen for want of a rival
         timer = SimulatedTimer(LAYER, seed)
         entries = tuner(timer, bins, budget_s=seconds).run().entries
         assert all(len(entry.tried) > 1 for entry in entries.values())
