@@ -6,7 +6,6 @@ import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 
@@ -161,8 +160,11 @@ def specs_of(layer: TunedLayer, plan: Plan, *, every_use: bool = False) -> list[
     uses = [(layer.router_weighted, False)]
     if every_use:
         uses = [(weighted, mapped) for weighted in (True, False) for mapped in (False, True)]
-    common: dict[str, Any] = {"activation": layer.activation, "weight_on_input": layer.weight_on_input}
-    common["has_bias"] = layer.has_bias
+    common = {
+        "activation": layer.activation,
+        "weight_on_input": layer.weight_on_input,
+        "has_bias": layer.has_bias,
+    }
     return [
         plan_spec(plan, layer.shape, router_weighted=weighted, has_expert_map=mapped, **common)
         for weighted, mapped in uses
