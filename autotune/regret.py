@@ -12,17 +12,18 @@ import sys
 from collections.abc import Sequence
 
 from cutedsl_kernels import UserError
+from cutedsl_kernels.compile import CompilerPool
 from cutedsl_kernels.configs import legal_plans
 
 from .command import build_parser, layer_of, make_timer
-from .search import Compiler, Tuner
+from .search import Tuner
 from .space import Bin, TunedLayer, ordered_bins, specs_of
 from .timers import PlanFailure, Timer
 
 RECHECKED = 5  # plans of the sweep, best first, that are timed again precisely
 
 
-def sweep_us(layer: TunedLayer, where: Bin, timer: Timer, compiler: Compiler | None) -> float:
+def sweep_us(layer: TunedLayer, where: Bin, timer: Timer, compiler: CompilerPool | None) -> float:
     """Microseconds of the best of all legal plans."""
     times = []
     for plan in legal_plans(layer.shape, where.num_tokens, layer.activation):
@@ -59,7 +60,7 @@ def _run(options: argparse.Namespace) -> int:
         tuner = Tuner(layer, bins, timer, compiling=compiling, count=options.candidates, budget_s=options.budget * 60)
         entries = tuner.run().entries
         if compiling:
-            compiler = Compiler(options.processes)
+            compiler = CompilerPool(options.processes)
             for where in bins:
                 for plan in legal_plans(layer.shape, where.num_tokens, layer.activation):
                     compiler.request(specs_of(layer, plan))

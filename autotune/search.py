@@ -8,15 +8,12 @@ One bin after another, with inputs built anew for each, a measurement took 0.51 
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
 
-from cutedsl_kernels.compile import KernelSpec, compile_in_parallel, compile_kernel
+from cutedsl_kernels.compile import CompilerPool, compile_in_parallel
 from cutedsl_kernels.configs import Plan
 from cutedsl_kernels.tuned_table import Entry, Measurement
 
@@ -31,43 +28,6 @@ GUIDED_ROUNDS = 4  # after the first pass; each times half as many plans again
 FINALISTS = 3  # plans timed precisely after the first pass, dense besides
 TIE = 0.01  # plans closer than this, or than the spread of their replays, count as equally fast
 LARGEST_TIE = 0.02  # a choice may never be slower than dense by more
-
-
-class Compiler:
-    """Compiles kernels in processes that see no GPU, in the order they are asked for, while others are being timed."""
-
-    def __init__(self, processes: int | None = None) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pool = ProcessPoolExecutor(processes or os.cpu_count(), mp_context=context, initializer=_hide_gpus)
-        self._futures: dict[KernelSpec, Future[str]] = {}
-
-    def request(self, specs: Iterable[KernelSpec]) -> None:
-        """Queues what has not been asked for before."""
-        for spec in specs:
-            if spec not in self._futures:
-                self._futures[spec] = self._pool.submit(_compile, spec)
-
-    def wait(self, specs: Iterable[KernelSpec]) -> str:
-        """Blocks until all of ``specs`` are compiled; "" or the first failure."""
-        specs = list(specs)
-        self.request(specs)
-        return next(filter(None, (self._futures[spec].result() for spec in specs)), "")
-
-    def close(self) -> None:
-        """Gives up what has not begun."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _hide_gpus() -> None:
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-
-
-def _compile(spec: KernelSpec) -> str:
-    try:
-        compile_kernel(spec)
-    except Exception as error:  # whatever the compiler raises is this kernel's result
-        return str(error) or type(error).__name__
-    return ""
 
 
 @dataclass
@@ -125,7 +85,7 @@ class Tuner:
         self.summary.reused = len(self.summary.entries)
         first = {where: self._first_candidates(where) for where in todo}
         self._progress.start(sum(self._expected_measurements(plans) for plans in first.values()))
-        compiler = Compiler(self._processes) if self._compiling else None
+        compiler = CompilerPool(self._processes) if self._compiling else None
         try:
             for inherits in (False, True):
                 bins = [where for where in todo if bool(first[where]) != inherits]
@@ -164,7 +124,7 @@ class Tuner:
     def _guided_count(self) -> int:
         return self._count // 2
 
-    def _tune(self, first: dict[Bin, list[Plan]], compiler: Compiler | None) -> None:
+    def _tune(self, first: dict[Bin, list[Plan]], compiler: CompilerPool | None) -> None:
         """The bins of one wave, each with the plans it begins with: entries, or skipped where the budget ended before
         dense was timed, or dense failed and nothing else worked."""
         results = {where: dict(self._known.get(where, {})) for where in first}
@@ -212,7 +172,7 @@ class Tuner:
         return Entry(where.num_tokens, where.sparsity, where.pair_skip, chosen, us, tuple(tried))
 
     def _time_all(
-        self, plans: dict[Bin, list[Plan]], results: dict[Bin, dict[Plan, Measurement]], compiler: Compiler | None
+        self, plans: dict[Bin, list[Plan]], results: dict[Bin, dict[Plan, Measurement]], compiler: CompilerPool | None
     ) -> None:
         """Adds quick measurements to ``results`` until the time for searching is over."""
         if time.monotonic() > self._search_deadline:
@@ -227,7 +187,9 @@ class Tuner:
                     if self._store is not None:
                         self._store.add(where, results[where][plan])
 
-    def _measure(self, where: Bin, plan: Plan, compiler: Compiler | None, precise: bool) -> tuple[Measurement, float]:
+    def _measure(
+        self, where: Bin, plan: Plan, compiler: CompilerPool | None, precise: bool
+    ) -> tuple[Measurement, float]:
         try:
             if compiler is not None and plan.config is not None:
                 failure = compiler.wait(specs_of(self._layer, plan))

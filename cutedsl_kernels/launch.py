@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .compile import compile_count, compile_kernel, plan_spec
+from .compile import KernelSpec, compile_count, compile_kernel, plan_spec, precompile
 from .configs import KERNEL_ACTIVATIONS, Plan, StagedConfig, TileConfig, illegal_reason
 from .dense import sparse_moe_dense
 from .environment import gpu_of
@@ -136,20 +136,52 @@ def _kernel(
 ) -> Callable[..., Any]:
     """Its body runs once for each kernel, which is when a graph capture has to be refused."""
     _refuse_capture("a kernel to load")
-    flags: dict[str, Any] = {"deterministic": deterministic} if isinstance(config, StagedConfig) else {}
-    plan = Plan("staged" if isinstance(config, StagedConfig) else "fused", config)
-    return compile_kernel(
-        plan_spec(
-            plan,
-            shape,
-            activation=activation,
-            router_weighted=router_weighted,
-            weight_on_input=weight_on_input,
-            has_expert_map=has_expert_map,
-            has_bias=has_bias,
-            **flags,
-        )
+    flags = (activation, router_weighted, weight_on_input, has_expert_map, has_bias, deterministic)
+    return compile_kernel(_spec(shape, config, *flags))
+
+
+def _spec(
+    shape: MoEShape,
+    config: TileConfig,
+    activation: str,
+    router_weighted: bool,
+    weight_on_input: bool,
+    has_expert_map: bool,
+    has_bias: bool,
+    deterministic: bool,
+) -> KernelSpec:
+    staged = isinstance(config, StagedConfig)
+    flags: dict[str, Any] = {"deterministic": deterministic} if staged else {}
+    return plan_spec(
+        Plan("staged" if staged else "fused", config),
+        shape,
+        activation=activation,
+        router_weighted=router_weighted,
+        weight_on_input=weight_on_input,
+        has_expert_map=has_expert_map,
+        has_bias=has_bias,
+        **flags,
     )
+
+
+def kernels_of(
+    plans: Iterable[Plan],
+    weights: ExpertWeights,
+    top_k: int,
+    *,
+    router_weighted: bool = True,
+    activation: str = "silu",
+    expert_map: torch.Tensor | None = None,
+    apply_router_weight_on_input: bool = False,
+) -> list[KernelSpec]:
+    """The kernels that sparse_moe_cuda launches for ``plans``, for compile.precompile; none for a dense plan."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    flags = (activation, router_weighted, apply_router_weight_on_input, expert_map is not None)
+    return [
+        _spec(weights.shape(top_k), plan.config, *flags, weights.w13_bias is not None, deterministic)
+        for plan in plans
+        if plan.config is not None
+    ]
 
 
 def _default_plan(
@@ -330,19 +362,26 @@ def warmup(
     """
     before, device = compile_count(), weights.device
     shape, given = weights.shape(top_k), tuple(plans)
+    flags: dict[str, Any] = {
+        "router_weighted": router_weighted,
+        "activation": activation,
+        "expert_map": expert_map,
+        "apply_router_weight_on_input": apply_router_weight_on_input,
+    }
+    runs: list[tuple[int, Plan]] = []
     for num_tokens in sorted(set(token_buckets), reverse=True):
         runnable = [p for p in given if illegal_reason(p, shape, num_tokens, activation) is None]
-        for plan in runnable if given else [_default_plan(weights, shape, num_tokens, sparsity, pair_skip, activation)]:
-            sparse_moe_cuda(
-                torch.zeros(num_tokens, shape.hidden_size, dtype=weights.dtype, device=device),
-                weights,
-                torch.zeros(num_tokens, top_k, dtype=torch.float32, device=device),
-                torch.full((num_tokens, top_k), -1, dtype=torch.int32, device=device),
-                0.0,
-                router_weighted=router_weighted,
-                activation=activation,
-                expert_map=expert_map,
-                apply_router_weight_on_input=apply_router_weight_on_input,
-                plan=plan,
-            )
-    return compile_count() - before
+        default = [] if given else [_default_plan(weights, shape, num_tokens, sparsity, pair_skip, activation)]
+        runs += [(num_tokens, plan) for plan in runnable + default]
+    precompiled = precompile(kernels_of([plan for _, plan in runs], weights, top_k, **flags))
+    for num_tokens, plan in runs:
+        sparse_moe_cuda(
+            torch.zeros(num_tokens, shape.hidden_size, dtype=weights.dtype, device=device),
+            weights,
+            torch.zeros(num_tokens, top_k, dtype=torch.float32, device=device),
+            torch.full((num_tokens, top_k), -1, dtype=torch.int32, device=device),
+            0.0,
+            plan=plan,
+            **flags,
+        )
+    return compile_count() - before + precompiled

@@ -104,6 +104,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[KernelSpec]]:
 
     monkeypatch.setattr(layer, "compile_kernel", compile_kernel)
     monkeypatch.setattr(layer, "compile_count", lambda: len(asked))
+    monkeypatch.setattr(layer, "precompile", lambda specs: 0)
     monkeypatch.setattr(layer, "_is_hopper", lambda device: True)
     monkeypatch.setattr(
         layer, "plan_for", lambda shape, tokens, s, device, skip, act: plan_for(shape, tokens, s, Gpu(), skip, act)
@@ -355,6 +356,16 @@ def test_after_a_warm_up_nothing_compiles(
         same_layer = problem(seed, num_tokens)
         for plan in (FUSED, STAGED):
             check_close(sparse_moe_cuda(**same_layer.arguments, plan=plan), same_layer)
+    assert len(compiled) == 2
+
+
+def test_a_warm_up_compiles_side_by_side_what_it_launches(
+    compiled: list[KernelSpec], monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    ahead: list[KernelSpec] = []
+    monkeypatch.setattr(layer, "precompile", lambda specs: ahead.extend(specs) or 0)
+    warmup(problem(seed).weights, 2, (1, 5), plans=[FUSED, STAGED], router_weighted=False)
+    assert set(ahead) == set(compiled)
     assert len(compiled) == 2
 
 

@@ -6,19 +6,20 @@ symbolic, so one compilation serves every number of tokens up to the config's ma
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from typing import Any
 
 from ..environment import dsl_version, user_dir
-from .cache import CacheWarning, ObjectCache
+from .cache import CacheWarning, ObjectCache, exclusive
+from .pool import CompilerPool
 from .specs import KernelSpec, fused_spec, plan_spec, source_fingerprint
 
 __all__ = [
     "CacheWarning",
+    "CompilerPool",
     "KernelSpec",
     "compile_count",
     "compile_in_parallel",
@@ -26,6 +27,7 @@ __all__ = [
     "fused_spec",
     "is_compiled",
     "plan_spec",
+    "precompile",
 ]
 
 Launch = Callable[..., Any]
@@ -33,6 +35,7 @@ Launch = Callable[..., Any]
 _loaded: dict[KernelSpec, Launch] = {}
 _lock = threading.Lock()
 _compilations = 0
+MOST_PROCESSES = 8  # that precompile starts; each takes about 1 GB of memory
 
 
 def compile_count() -> int:
@@ -104,21 +107,29 @@ def compile_in_parallel(specs: Iterable[KernelSpec], processes: int | None = Non
             missing.append(spec)
     if not missing:
         return
-    workers = min(processes or os.cpu_count() or 1, len(missing))
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_hide_gpus) as pool:
-        futures = {pool.submit(_compile_only, spec): spec for spec in missing}
-        try:
-            for future in as_completed(futures):
-                error = future.exception()
-                yield futures[future], "" if error is None else str(error)
-        finally:  # a caller that stops early does not wait for what has not begun
-            pool.shutdown(wait=False, cancel_futures=True)
+    pool = CompilerPool(min(processes or os.cpu_count() or 1, len(missing)))
+    try:
+        futures = pool.request(missing)
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    finally:  # a caller that stops early does not wait for what has not begun
+        pool.close()
 
 
-def _hide_gpus() -> None:
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+def precompile(specs: Iterable[KernelSpec]) -> int:
+    """Where two or more of ``specs`` are missing in the disk cache: compiles them side by side. Returns how many.
 
-
-def _compile_only(spec: KernelSpec) -> None:
-    compile_kernel(spec)
+    Processes that ask at the same time, such as a server's ranks, take turns, so that the first one compiles for all.
+    Whatever goes wrong is left for compile_kernel to meet and to report.
+    """
+    specs = list(dict.fromkeys(specs))
+    if sum(not is_compiled(spec) for spec in specs) < 2:
+        return 0
+    try:
+        with exclusive(user_dir("cache") / "precompile.lock"):
+            missing = [spec for spec in specs if not is_compiled(spec)]
+            return sum(
+                not failure for _, failure in compile_in_parallel(missing, min(os.cpu_count() or 1, MOST_PROCESSES))
+            )
+    except OSError:  # a cache that cannot be written, no more processes
+        return 0

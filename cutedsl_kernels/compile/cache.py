@@ -38,8 +38,7 @@ class ObjectCache:
         if self._valid(stem, key):
             return stem.with_suffix(".o"), False
         try:
-            stem.parent.mkdir(parents=True, exist_ok=True)
-            with _lock(stem.with_suffix(".lock")):
+            with exclusive(stem.with_suffix(".lock")):
                 if self._valid(stem, key):
                     return stem.with_suffix(".o"), False
                 return self._build(stem, key, build), True
@@ -89,7 +88,9 @@ def _description(key: Mapping[str, str], content: bytes) -> dict[str, object]:
 
 
 @contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
+def exclusive(path: Path) -> Iterator[None]:
+    """While this is held, no other process or thread holds it for ``path``, a file that is made where it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield

@@ -6,19 +6,23 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from ...calibration import LayerHistogram, count_active, expert_activations
-from ...compile import compile_count
+from ...compile import precompile
+from ...compile.specs import pair_specs
 from ...environment import gpu_of
-from ...launch import ASSUMED_PAIR_SKIP, warmup, why_no_kernels
+from ...launch import ASSUMED_PAIR_SKIP, kernels_of, warmup, why_no_kernels
 from ...pair_kernels import PairKernels, why_no_pair_kernels
 from ...plan import Plan, plan_for
 from ...quality.scores import UpMoments, observe_up
 from ...reference import expand_thresholds
+from ...shapes import MoEShape
 from ...weights import ExpertWeights
 
 _reported: set[tuple[object, ...]] = set()  # shapes and batch sizes whose kernels were reported missing
@@ -112,68 +116,79 @@ class LayerState:
             return 0.0
         return ASSUMED_PAIR_SKIP if self.pair_skip is None else self.pair_skip
 
-    def choose_plans(self, expert_map: torch.Tensor | None, buckets: Sequence[int] = BUCKETS) -> int:
+    def choose_plans(self, expert_map: torch.Tensor | None, buckets: Sequence[int] = BUCKETS) -> None:
         """Fixes the plan of each bucket of token counts, and compiles and loads its kernel. CUDA only; not while
         capturing.
 
         A batch runs the plan of the nearest bucket above, so that nothing is chosen or compiled while serving; larger
-        batches than the last bucket run dense. Returns the number of kernels compiled.
+        batches than the last bucket run dense.
         """
-        self.plans, compiled = self._plans_of(expert_map, buckets)
-        return compiled + self.load_pair_kernels(expert_map)
+        self.plans = self._plans_of(expert_map, buckets)
+        self.load_pair_kernels(expert_map)
 
     def choose_plan(self, expert_map: torch.Tensor | None, num_tokens: int) -> None:
         """The same for the one bucket of ``num_tokens``, unless it has a plan: where thresholds change often, as in
         calibration, most buckets are never asked for."""
         bucket = next((size for size in BUCKETS if size >= num_tokens), None)
         if bucket is not None and all(size != bucket for size, _ in self.plans):
-            self.plans = sorted([*self.plans, *self._plans_of(expert_map, [bucket])[0]], key=lambda pair: pair[0])
+            self.plans = sorted([*self.plans, *self._plans_of(expert_map, [bucket])], key=lambda pair: pair[0])
 
-    def _plans_of(self, expert_map: torch.Tensor | None, buckets: Sequence[int]) -> tuple[list[tuple[int, Plan]], int]:
-        """(bucket, plan) with kernels compiled and loaded, dense where one cannot be, and how many were compiled."""
+    def _plans_of(self, expert_map: torch.Tensor | None, buckets: Sequence[int]) -> list[tuple[int, Plan]]:
+        """(bucket, plan) with kernels compiled and loaded, dense where one cannot be."""
         shape, skipped = self.weights.shape(self.top_k), self.expected_pair_skip
-        aim, device = max(self.sparsity, skipped), self.weights.device
-        compiled, plans = 0, []
+        aim, gpu = max(self.sparsity, skipped), gpu_of(self.weights.device)
+        flags: dict[str, Any] = {
+            "router_weighted": self.router_weighted,
+            "activation": self.activation,
+            "expert_map": expert_map,
+            "apply_router_weight_on_input": self.router_weight_on_input,
+        }
+        plans = dict.fromkeys(sorted(buckets), Plan("dense"))
+        if self.sparsity > 0 and supports_kernels(self.weights):
+            plans = {bucket: plan_for(shape, bucket, aim, gpu, skipped, self.activation) for bucket in plans}
+            self._precompile(plans.values(), flags)
         failed: dict[int, str] = {}
-        for bucket in sorted(set(buckets)):
-            plan = Plan("dense")
-            if self.sparsity > 0 and supports_kernels(self.weights):
-                plan = plan_for(shape, bucket, aim, gpu_of(device), skipped, self.activation)
+        for bucket, plan in plans.items():
             if plan.kind != "dense":
                 try:
-                    compiled += warmup(
-                        self.weights,
-                        self.top_k,
-                        [bucket],
-                        plans=[plan],
-                        router_weighted=self.router_weighted,
-                        activation=self.activation,
-                        expert_map=expert_map,
-                        apply_router_weight_on_input=self.router_weight_on_input,
-                    )
+                    warmup(self.weights, self.top_k, [bucket], plans=[plan], **flags)
                 except Exception as error:  # this CuTe DSL or GPU cannot take the kernel: serve all the same
                     failed[bucket] = " ".join(str(error).split())[:300]
-                    plan = Plan("dense")
-            plans.append((bucket, plan))
+                    plans[bucket] = Plan("dense")
         if failed and (shape.key, *failed) not in _reported:  # once, not for every layer of a model
             _reported.add((shape.key, *failed))
             sizes, reason = ", ".join(map(str, failed)), next(iter(failed.values()))
             logger.warning("%s and layers of its shape: batches of %s tokens run dense: %s", self.name, sizes, reason)
-        return plans, compiled
+        return list(plans.items())
 
-    def load_pair_kernels(self, expert_map: torch.Tensor | None) -> int:
-        """Compiles or loads what the dense path runs beside vLLM's products, where it can run here. Returns the number
-        of kernels compiled.
-        """
-        before = compile_count()
+    def _precompile(self, plans: Iterable[Plan], flags: dict[str, Any]) -> None:
+        """All kernels that are missing, side by side; what fails will be met again one by one."""
+        try:
+            kernels = kernels_of(plans, self.weights, self.top_k, **flags)
+            if why_no_pair_kernels(self.weights, self.activation) is None:
+                kernels += pair_specs(*self._pair_layer(flags["expert_map"]))
+            begun = time.perf_counter()
+            compiled = precompile(kernels)
+        except Exception as error:
+            logger.debug("%s: compiling ahead failed: %s", self.name, error)
+            return
+        if compiled:
+            logger.info(
+                "%d kernels for layers like %s compiled in %.0f s", compiled, self.name, time.perf_counter() - begun
+            )
+
+    def load_pair_kernels(self, expert_map: torch.Tensor | None) -> None:
+        """Compiles or loads what the dense path runs beside vLLM's products, where it can run here."""
         self.pair_kernels = None
         if why_no_pair_kernels(self.weights, self.activation) is None:
             try:
-                shape, mapped = self.weights.shape(self.top_k), expert_map is not None or self.rho > 0
-                self.pair_kernels = PairKernels(shape, self.activation, mapped)
+                self.pair_kernels = PairKernels(*self._pair_layer(expert_map))
             except Exception as error:  # no CuTe DSL, or one that refuses: vLLM's functions do it
                 logger.debug("%s: no pair kernels: %s", self.name, error)
-        return compile_count() - before
+
+    def _pair_layer(self, expert_map: torch.Tensor | None) -> tuple[MoEShape, str, bool]:
+        """Arguments of PairKernels and pair_specs."""
+        return self.weights.shape(self.top_k), self.activation, expert_map is not None or self.rho > 0
 
     def plan(self, num_tokens: int) -> Plan:
         """The plan for a batch of ``num_tokens`` tokens."""

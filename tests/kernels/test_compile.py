@@ -22,11 +22,14 @@ import cutedsl_kernels.compile as layer
 from cutedsl_kernels import KNOWN_MODELS, MoEShape
 from cutedsl_kernels.compile import (
     CacheWarning,
+    CompilerPool,
+    KernelSpec,
     compile_count,
     compile_in_parallel,
     compile_kernel,
     fused_spec,
     is_compiled,
+    precompile,
 )
 from cutedsl_kernels.compile.cache import ObjectCache
 from cutedsl_kernels.compile.dsl import as_compiled, compile_listing, has_tvm_ffi, load_object
@@ -282,6 +285,45 @@ def test_parallel_compilation_fills_the_cache_and_reports_failures(cache_folder:
     for spec in good:
         compile_kernel(spec)
     assert compile_count() == before
+
+
+def test_a_compiling_process_that_dies_fails_its_kernel_alone(cache_folder: Path, tmp_path: Path) -> None:
+    """The next kernel gets a new process. A daemonic process, as vLLM's workers are, may use the pool too."""
+    (tmp_path / "dies.py").write_text("import os\nos._exit(7)\n")
+    sys.path.insert(0, str(tmp_path))
+    pool = CompilerPool(1)
+    try:
+        failure = pool.wait([KernelSpec.of("dies:Kernel", warps=1)])
+        assert failure == "dies-w1: the compiling process ended with exit status 7"
+        assert pool.wait([tiny_spec()]) == ""
+    finally:
+        pool.close()
+        sys.path.remove(str(tmp_path))
+    assert is_compiled(tiny_spec())
+
+
+def _precompile_and_exit() -> None:
+    sys.exit(precompile([tiny_spec(), tiny_spec(warps=2)]))
+
+
+def test_ranks_compile_ahead_once(cache_folder: Path) -> None:
+    """Two daemonic processes at the same time: one compiles both kernels, the other none."""
+    context = multiprocessing.get_context("spawn")
+    ranks = [context.Process(target=_precompile_and_exit, daemon=True) for _ in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    assert sorted(rank.exitcode for rank in ranks) == [0, 2]
+    assert is_compiled(tiny_spec())
+    assert is_compiled(tiny_spec(warps=2))
+
+
+def test_compiling_ahead_leaves_failures_and_single_kernels_to_the_launch(cache_folder: Path) -> None:
+    assert precompile([tiny_spec()]) == 0
+    assert not is_compiled(tiny_spec())
+    assert precompile([tiny_spec(), tiny_spec(warps=64)]) == 1
+    assert is_compiled(tiny_spec())
 
 
 @pytest.mark.parametrize("num_tokens", [1, 5])
