@@ -190,6 +190,7 @@ class VllmTriton(Baseline):
         return self._calls(batch, None)
 
     def own_config(self, batch: Batch) -> str:
+        self._load(batch)
         shipped = self._shipped(batch)
         if shipped is not None:
             return _text(shipped[min(shipped, key=lambda tokens: abs(tokens - batch.num_tokens))], "shipped")
