@@ -4,13 +4,16 @@
 
 Needs vLLM, the CuTe DSL and the source tree (tools/source_tree.py) on PYTHONPATH. Every path is checked against the
 definition before it is timed; times are those of the benchmarks (CUDA graph, L2 cold, median). --configs also times
-run_dense under each of CONFIGS instead of what vLLM chooses.
+run_dense under each of CONFIGS instead of what vLLM chooses; --down with each of DOWN_CONFIGS for the second product
+alone, whose weights are the transposed view.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from cutedsl_kernels.bench.baselines import TRITON_FIELDS, VllmTriton
@@ -18,6 +21,7 @@ from cutedsl_kernels.bench.check import WrongResult, check, expectations
 from cutedsl_kernels.bench.problems import Rule, calls_for, copies_needed, make_batch, make_weights
 from cutedsl_kernels.bench.serving import vllm_dense_calls
 from cutedsl_kernels.bench.timing import Call, copy_bandwidth, prepare
+from cutedsl_kernels.integration.vllm import compat
 from vllm.model_executor.layers.fused_moe import override_config
 
 from cutedsl_kernels import KNOWN_MODELS
@@ -35,6 +39,41 @@ CONFIGS = (  # in the order of TRITON_FIELDS
     (128, 256, 64, 1, 8, 4),
     (128, 256, 64, 16, 8, 4),
 )
+
+DOWN_FIELDS = ("BLOCK_SIZE_N", "BLOCK_SIZE_K", "num_warps", "num_stages")
+DOWN_CONFIGS = (
+    (64, 128, 4, 3),
+    (64, 128, 4, 4),
+    (64, 64, 4, 4),
+    (128, 64, 4, 3),
+    (128, 64, 4, 4),
+    (128, 64, 8, 4),
+    (128, 128, 4, 3),
+    (128, 128, 8, 3),
+    (128, 32, 4, 5),
+    (256, 64, 4, 3),
+    (256, 64, 8, 3),
+    (256, 32, 4, 4),
+)
+
+
+@contextlib.contextmanager
+def down_config(values: Sequence[int]) -> Iterator[None]:
+    """Within this, run_dense's second product runs under ``values`` (DOWN_FIELDS)."""
+    experts = compat.triton_experts()
+    gemm = experts.gemm
+
+    def replaced(a: Any, b: torch.Tensor, *others: Any) -> None:
+        *before, config, bias = others
+        if b.stride(-1) != 1:
+            config = {**config, **dict(zip(DOWN_FIELDS, values, strict=True))}
+        gemm(a, b, *before, config, bias)
+
+    experts.gemm = replaced
+    try:
+        yield
+    finally:
+        experts.gemm = gemm
 
 
 def time_us(calls: Sequence[Call], expected: Sequence) -> str:
@@ -56,6 +95,7 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[512, 1024, 2048, 4096, 8192, 16384])
     parser.add_argument("--skip", nargs="+", type=float, default=[0.0, 0.35])
     parser.add_argument("--configs", action="store_true")
+    parser.add_argument("--down", action="store_true")
     options = parser.parse_args()
     device = torch.device("cuda")
     print(torch.cuda.get_device_name(), f"copy {copy_bandwidth(device):.0f} GB/s", flush=True)
@@ -86,6 +126,9 @@ def main() -> None:
                 for values in CONFIGS if options.configs else ():
                     with override_config(dict(zip(TRITON_FIELDS, values, strict=True)) | {"SPLIT_K": 1}):
                         show(f"skip {skip} {values}", time_us(vllm_dense_calls(batch, cutoffs), expected))
+                for values in DOWN_CONFIGS if options.down else ():
+                    with down_config(values):
+                        show(f"skip {skip} down {values}", time_us(vllm_dense_calls(batch, cutoffs), expected))
         baseline.release()
         del layers, batch
         torch.cuda.empty_cache()

@@ -67,14 +67,19 @@ ARCHITECTURES = (
     ),
 )
 
+TWO_GPUS = "test_two_gpus_compute_what_one_does (two GPUs)"
 # Option of vLLM, what happens, the test that shows it.
 OPTIONS = (
-    ("tensor parallel", "sparse; neurons are cut over the ranks", "test_two_ranks_equal_one[tp2]"),
-    ("expert parallel", "sparse; linear and round-robin placement", "test_two_ranks_equal_one[ep2], test_ranks_add_up"),
+    ("tensor parallel", "sparse; neurons are cut over the ranks", f"test_two_ranks_equal_one[tp2], {TWO_GPUS}"),
+    (
+        "expert parallel",
+        "sparse; linear and round-robin placement",
+        f"test_two_ranks_equal_one[ep2], test_ranks_add_up, {TWO_GPUS}",
+    ),
     (
         "data parallel with expert parallel",
         "sparse, in vLLM's modular kernel; Llama-4's weight on the input too",
-        "test_two_data_parallel_ranks_equal_one",
+        f"test_two_data_parallel_ranks_equal_one, {TWO_GPUS}",
     ),
     ("torch.compile", "sparse; one opaque operator", "test_compiled_engine_equals_eager"),
     ("prefix caching, n-gram speculation", "sparse, same tokens", "test_answers_keep_coming"),
