@@ -124,20 +124,11 @@ def _writable(out: torch.Tensor, hidden_states: torch.Tensor) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def _kernel(
-    shape: MoEShape,
-    config: TileConfig,
-    activation: str,
-    router_weighted: bool,
-    weight_on_input: bool,
-    has_expert_map: bool,
-    has_bias: bool,
-    deterministic: bool,
-) -> Callable[..., Any]:
-    """Its body runs once for each kernel, which is when a graph capture has to be refused."""
+def _kernel(*key: Any) -> Callable[..., Any]:
+    """The launch function for the arguments of _spec. Its body runs once for each kernel, which is when a graph capture
+    has to be refused."""
     _refuse_capture("a kernel to load")
-    flags = (activation, router_weighted, weight_on_input, has_expert_map, has_bias, deterministic)
-    return compile_kernel(_spec(shape, config, *flags))
+    return compile_kernel(_spec(*key))
 
 
 def _spec(

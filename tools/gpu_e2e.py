@@ -178,7 +178,7 @@ def engine_arguments(args: argparse.Namespace) -> dict[str, Any]:
     if args.cuda:
         found["attention_backend"] = "TRITON_ATTN"
         found["additional_config"] = {"gdn_prefill_backend": "triton"}  # linear attention without FlashInfer
-    # Fewer sizes than vLLM's default, which takes all multiples of 8 too: half a minute less to start.
+    # Fewer sizes than vLLM's default, which takes all multiples of 8 too.
     graphs: dict[str, Any] = {"cudagraph_capture_sizes": sorted({1, 2, 4, 8, 16, 32, 64, 128, 256, *args.batches})}
     if args.quick:  # graphs of the decode steps without torch.compile: half the time to start
         graphs |= {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}

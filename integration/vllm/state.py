@@ -123,7 +123,9 @@ class LayerState:
         A batch runs the plan of the nearest bucket above, so that nothing is chosen or compiled while serving; larger
         batches than the last bucket run dense.
         """
-        self.plans = self._plans_of(expert_map, buckets)
+        plans = self._fastest(buckets)
+        self._precompile(plans.values(), expert_map)
+        self.plans = self._loaded(plans, expert_map)
         self.load_pair_kernels(expert_map)
 
     def choose_plan(self, expert_map: torch.Tensor | None, num_tokens: int) -> None:
@@ -131,22 +133,31 @@ class LayerState:
         calibration, most buckets are never asked for."""
         bucket = next((size for size in BUCKETS if size >= num_tokens), None)
         if bucket is not None and all(size != bucket for size, _ in self.plans):
-            self.plans = sorted([*self.plans, *self._plans_of(expert_map, [bucket])], key=lambda pair: pair[0])
+            added = self._loaded(self._fastest([bucket]), expert_map)
+            self.plans = sorted([*self.plans, *added], key=lambda pair: pair[0])
 
-    def _plans_of(self, expert_map: torch.Tensor | None, buckets: Sequence[int]) -> list[tuple[int, Plan]]:
-        """(bucket, plan) with kernels compiled and loaded, dense where one cannot be."""
-        shape, skipped = self.weights.shape(self.top_k), self.expected_pair_skip
-        aim, gpu = max(self.sparsity, skipped), gpu_of(self.weights.device)
-        flags: dict[str, Any] = {
+    def _fastest(self, buckets: Sequence[int]) -> dict[int, Plan]:
+        """The plan of each bucket, as plan_for has it; ascending."""
+        plans = dict.fromkeys(sorted(buckets), Plan("dense"))
+        if self.sparsity > 0 and supports_kernels(self.weights):
+            shape, skipped, gpu = self.weights.shape(self.top_k), self.expected_pair_skip, gpu_of(self.weights.device)
+            aim = max(self.sparsity, skipped)
+            plans = {bucket: plan_for(shape, bucket, aim, gpu, skipped, self.activation) for bucket in plans}
+        return plans
+
+    def _launch_flags(self, expert_map: torch.Tensor | None) -> dict[str, Any]:
+        """Keywords of kernels_of and warmup."""
+        return {
             "router_weighted": self.router_weighted,
             "activation": self.activation,
             "expert_map": expert_map,
             "apply_router_weight_on_input": self.router_weight_on_input,
         }
-        plans = dict.fromkeys(sorted(buckets), Plan("dense"))
-        if self.sparsity > 0 and supports_kernels(self.weights):
-            plans = {bucket: plan_for(shape, bucket, aim, gpu, skipped, self.activation) for bucket in plans}
-            self._precompile(plans.values(), flags)
+
+    def _loaded(self, plans: dict[int, Plan], expert_map: torch.Tensor | None) -> list[tuple[int, Plan]]:
+        """``plans`` with kernels compiled and loaded, dense where one cannot be."""
+        shape, flags = self.weights.shape(self.top_k), self._launch_flags(expert_map)
+        plans = dict(plans)
         failed: dict[int, str] = {}
         for bucket, plan in plans.items():
             if plan.kind != "dense":
@@ -161,12 +172,12 @@ class LayerState:
             logger.warning("%s and layers of its shape: batches of %s tokens run dense: %s", self.name, sizes, reason)
         return list(plans.items())
 
-    def _precompile(self, plans: Iterable[Plan], flags: dict[str, Any]) -> None:
+    def _precompile(self, plans: Iterable[Plan], expert_map: torch.Tensor | None) -> None:
         """All kernels that are missing, side by side; what fails will be met again one by one."""
         try:
-            kernels = kernels_of(plans, self.weights, self.top_k, **flags)
-            if why_no_pair_kernels(self.weights, self.activation) is None:
-                kernels += pair_specs(*self._pair_layer(flags["expert_map"]))
+            kernels = kernels_of(plans, self.weights, self.top_k, **self._launch_flags(expert_map))
+            if kernels and why_no_pair_kernels(self.weights, self.activation) is None:
+                kernels += pair_specs(*self._pair_layer(expert_map))
             begun = time.perf_counter()
             compiled = precompile(kernels)
         except Exception as error:

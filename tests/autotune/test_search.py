@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from cutedsl_kernels.autotune import search
 from cutedsl_kernels.autotune.search import Tuner, choose
-from cutedsl_kernels.autotune.space import Bin, TunedLayer, ordered_bins
+from cutedsl_kernels.autotune.space import Bin, TunedLayer, ordered_bins, specs_of
 from cutedsl_kernels.autotune.store import Store
 from cutedsl_kernels.autotune.timers import PlanFailure, Sample, SimulatedTimer
 
@@ -208,3 +208,21 @@ def test_a_kernel_that_does_not_compile_is_a_failure_of_its_plan(monkeypatch: py
     entry = summary.entries[Bin(8, 0.85)]
     assert entry.chosen == DENSE
     assert summary.failures["compile"] == len(entry.tried) - 1
+
+
+@pytest.mark.compile
+def test_compile_processes_fill_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cutedsl_kernels import MoEShape
+    from cutedsl_kernels.compile import CompilerPool, is_compiled
+
+    monkeypatch.setenv("CUTEDSL_KERNELS_CACHE_DIR", str(tmp_path))
+    layer = TunedLayer(MoEShape(8, 2, 512, 128))
+    plan = next(plan for plan in legal_plans(layer.shape, 1) if plan.kind == "fused")
+    (spec,) = specs_of(layer, plan)
+    assert not is_compiled(spec)
+    compiler = CompilerPool(1)
+    try:
+        assert compiler.wait([spec]) == ""
+    finally:
+        compiler.close()
+    assert is_compiled(spec)

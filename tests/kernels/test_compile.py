@@ -288,7 +288,7 @@ def test_parallel_compilation_fills_the_cache_and_reports_failures(cache_folder:
 
 
 def test_a_compiling_process_that_dies_fails_its_kernel_alone(cache_folder: Path, tmp_path: Path) -> None:
-    """The next kernel gets a new process. A daemonic process, as vLLM's workers are, may use the pool too."""
+    """The next kernel gets a new process."""
     (tmp_path / "dies.py").write_text("import os\nos._exit(7)\n")
     sys.path.insert(0, str(tmp_path))
     pool = CompilerPool(1)
@@ -307,7 +307,7 @@ def _precompile_and_exit() -> None:
 
 
 def test_ranks_compile_ahead_once(cache_folder: Path) -> None:
-    """Two daemonic processes at the same time: one compiles both kernels, the other none."""
+    """Two daemonic processes, as vLLM's workers are, at the same time: one compiles both kernels, the other none."""
     context = multiprocessing.get_context("spawn")
     ranks = [context.Process(target=_precompile_and_exit, daemon=True) for _ in range(2)]
     for rank in ranks:
