@@ -8,7 +8,8 @@ Random ("dummy") weights of the real shapes; norms are set to 1 and router weigh
 spread as in trained models. The profile is calibrated in the engine on random tokens. Every mode runs in a process of
 its own: batches of prompts of --input random tokens, --output tokens decoded greedily, CUDA graphs on. Time per
 decoded token = (time with --output tokens - time with 1) / (output - 1), of medians of --repeats; prefill = time with 1
-token, median of three times as many.
+token, median of three times as many. prefill_device_ms: what the device's kernels take of it, by torch's profiler; the
+rest is the host, whose times differ by a third from one process to the next.
 
 modes   stock   vLLM's own method
         dense   this method at target 0
@@ -21,11 +22,14 @@ Runs from a source tree without installation: needs torch, vLLM and the CuTe DSL
 from __future__ import annotations
 
 import argparse
+import cProfile
 import csv
 import datetime
+import gc
 import json
 import os
 import pathlib
+import pstats
 import shutil
 import statistics
 import subprocess
@@ -40,6 +44,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 ROUTED_TARGET, ROUTED_SKIP = 0.9, 0.35
 ROUTER_SCALE = 60.0  # dummy weights are uniform in +-1e-3: logits of standard deviation 0.03 (H = 2048) become 1.6
 MODES = ("stock", "dense", "paper", "routed")
+CALIBRATED = ("paper", "routed")  # modes that need a profile
 
 _QWEN3 = {
     "architectures": ["Qwen3MoeForCausalLM"],
@@ -158,10 +163,14 @@ COLUMNS = [
     "step_ms",
     "tokens_per_s",
     "prefill_ms",
+    "prefill_fastest_ms",
+    "prefill_device_ms",
     "baseline",
     "ratio",
     "prefill_ratio",
+    "prefill_device_ratio",
 ]
+RATIOS = {"ratio": "step_ms", "prefill_ratio": "prefill_ms", "prefill_device_ratio": "prefill_device_ms"}
 
 
 def engine_arguments(args: argparse.Namespace) -> dict[str, Any]:
@@ -179,7 +188,12 @@ def engine_arguments(args: argparse.Namespace) -> dict[str, Any]:
         found["attention_backend"] = "TRITON_ATTN"
         found["additional_config"] = {"gdn_prefill_backend": "triton"}  # linear attention without FlashInfer
     # Fewer sizes than vLLM's default, which takes all multiples of 8 too.
-    graphs: dict[str, Any] = {"cudagraph_capture_sizes": sorted({1, 2, 4, 8, 16, 32, 64, 128, 256, *args.batches})}
+    graphs: dict[str, Any] = {
+        "cudagraph_capture_sizes": sorted({1, 2, 4, 8, 16, 32, 64, 128, 256, *args.batches}),
+        # One for all modes: torch.compile sees the same graphs, with the experts' operator opaque in all of them, and
+        # tuning Triton's kernels for linear attention takes 100 s.
+        "cache_dir": str(pathlib.Path(args.folder) / "compiled"),
+    }
     if args.quick:  # graphs of the decode steps without torch.compile: half the time to start
         graphs |= {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
     found["compilation_config"] = graphs
@@ -306,16 +320,17 @@ def error(state: Any, found: Any, x: Any, topk_weights: Any, topk_ids: Any, tau:
 
 
 def stage_measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Times of one mode: {batch: (ms per decoded step, ms of prefill)}."""
+    """Times of one mode: {batch: times of COLUMNS, in ms}."""
     from cutedsl_kernels.integration.vllm.engine import SparseEngine
     from vllm import SamplingParams
 
     begun = time.perf_counter()
     options: dict[str, Any] = {"dense": True}
-    if args.mode != "stock":
-        mode = "paper" if args.mode == "dense" else args.mode
-        target = {"dense": 0.0, "paper": args.target, "routed": ROUTED_TARGET}[args.mode]
-        options = {"profile": pathlib.Path(args.folder) / f"{mode}.json", "target": target}
+    if args.mode == "dense":
+        options = {"record": True}  # thresholds 0, without a profile
+    elif args.mode in CALIBRATED:
+        target = {"paper": args.target, "routed": ROUTED_TARGET}[args.mode]
+        options = {"profile": pathlib.Path(args.folder) / f"{args.mode}.json", "target": target}
     engine = SparseEngine(args.folder, enforce_eager=False, **options, **engine_arguments(args))
     print(args.mode, "norms set to 1, routers scaled:", engine.llm.collective_rpc(make_realistic), flush=True)
     print(f"{args.mode}: started in {time.perf_counter() - begun:.0f} s", flush=True)
@@ -323,6 +338,8 @@ def stage_measure(args: argparse.Namespace) -> dict[str, Any]:
         print(args.mode, "plans:", *(f"{bucket}: {plan};" for bucket, plan in engine.report()["plans"]), flush=True)
     vocabulary = engine.model_config.get_vocab_size()
     times: dict[str, Any] = {}
+    gc.collect()
+    gc.freeze()  # as vLLM's server does once it has started; a full collection takes longer than a prefill
 
     def seconds(batch: int, tokens: int, seed: int) -> float:
         prompts = [{"prompt_token_ids": p} for p in random_prompts(batch, args.input, vocabulary, seed)]
@@ -338,9 +355,19 @@ def stage_measure(args: argparse.Namespace) -> dict[str, Any]:
         wholes = [1e3 * seconds(batch, args.output, 11 + 2 * repeat) for repeat in range(args.repeats)]
         prefill = statistics.median(prefills)
         step = (statistics.median(wholes) - prefill) / (args.output - 1)
-        times[str(batch)] = (step, prefill)
+        device = statistics.median(device_ms(seconds, batch, 1, seed) for seed in (10, 12, 14))
+        times[str(batch)] = {
+            "step_ms": step,
+            "prefill_ms": prefill,
+            "prefill_fastest_ms": min(prefills),
+            "prefill_device_ms": device,
+        }
         spread = f"{min(prefills):.1f}..{max(prefills):.1f}; whole {min(wholes):.0f}..{max(wholes):.0f}"
-        print(f"{args.mode} batch {batch}: {step:.3f} ms a step, prefill {prefill:.1f} ms ({spread})", flush=True)
+        print(
+            f"{args.mode} batch {batch}: {step:.3f} ms a step, prefill {prefill:.1f} ms ({spread}), "
+            f"of which the device works {device:.2f}",
+            flush=True,
+        )
     if args.profile is not None:
         profile_steps(args.mode, seconds, args.profile or args.batches)
     if args.mode != "stock":
@@ -348,11 +375,30 @@ def stage_measure(args: argparse.Namespace) -> dict[str, Any]:
     return {"times": times}
 
 
+def device_ms(call: Any, *arguments: Any) -> float:
+    """Milliseconds that the device's kernels and copies take in one call, by torch's profiler."""
+    import torch
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call(*arguments)
+    return sum(event.self_device_time_total for event in profile.key_averages()) / 1e3
+
+
 def profile_steps(mode: str, seconds: Any, batches: list[int]) -> None:
-    """Prints where the device's time goes while decoding 32 tokens at each batch size."""
+    """Prints where the device's time goes while decoding 32 tokens at each batch size, and the host's in a prefill."""
     import torch
 
     for batch in batches:
+        host = cProfile.Profile()
+        for repeat in range(3):
+            host.runcall(seconds, batch, 1, 90 + repeat)
+        print(f"host's time in three prefills of {mode}, batch {batch} (cProfile, which slows Python down)")
+        pstats.Stats(host).sort_stats("tottime").print_stats(20)
+        pstats.Stats(host).sort_stats("cumulative").print_stats(50)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            seconds(batch, 1, 98)
+        print(f"profile of {mode}, prefill of batch {batch}")
+        print(profile.key_averages().table(sort_by="self_device_time_total", row_limit=14, max_name_column_width=70))
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             seconds(batch, 32, 99)
         print(f"profile of {mode}, batch {batch}")
@@ -378,6 +424,7 @@ def run_stage(
     ]
     command += ["--input", str(args.input), "--output", str(args.output), "--repeats", str(args.repeats)]
     command += ["--target", str(args.target), "--batches", *map(str, args.batches)]
+    environment = {**environment, "TRITON_CACHE_DIR": str(folder / "compiled" / "rank_0_0" / "triton_cache")}
     command += ["--quick"] if args.quick else []
     command += [] if args.profile is None else ["--profile", *map(str, args.profile)]
     begun = time.perf_counter()
@@ -421,7 +468,9 @@ def benchmark(
     (folder / "config.json").write_text(json.dumps(config))
     args.target = args.target or cutoff
     kept = None if args.profiles is None else args.profiles / f"{name}-{layers}-{args.target:g}"
-    if kept is not None and kept.is_dir():
+    if not set(args.modes) & set(CALIBRATED):
+        calibrated: Any = {"realised": {}}
+    elif kept is not None and kept.is_dir():
         shutil.copytree(kept, folder, dirs_exist_ok=True)
         calibrated = json.loads((folder / "calibrated.json").read_text())
     else:
@@ -443,7 +492,7 @@ def benchmark(
             continue
         stock = measured["times"] if mode == "stock" else stock
         sparsity, skipped = calibrated["realised"].get(mode, (0.0, 0.0))
-        for batch, (step, prefill) in measured["times"].items():
+        for batch, times in measured["times"].items():
             row = {
                 **known,
                 "model": name,
@@ -456,17 +505,17 @@ def benchmark(
                 "batch": batch,
                 "input": args.input,
                 "output": args.output,
-                "step_ms": f"{step:.4f}",
-                "tokens_per_s": f"{1e3 * int(batch) / step:.1f}",
-                "prefill_ms": f"{prefill:.2f}",
+                "tokens_per_s": f"{1e3 * int(batch) / times['step_ms']:.1f}",
+                **{name: f"{value:.4f}" for name, value in times.items()},
                 "baseline": "vllm stock" if batch in stock else "",
-                "ratio": f"{stock[batch][0] / step:.3f}" if batch in stock else "",
-                "prefill_ratio": f"{stock[batch][1] / prefill:.3f}" if batch in stock else "",
             }
+            for column, name in RATIOS.items() if batch in stock else ():
+                row[column] = f"{stock[batch][name] / times[name]:.3f}" if times[name] else ""  # 0: no device
             writer.writerow(row)
             print(
-                f"{name} {mode:6} batch {batch:>4}: {step:8.3f} ms a step, {row['tokens_per_s']:>9} tokens/s, "
-                f"ratio {row['ratio']}",
+                f"{name} {mode:6} batch {batch:>4}: {times['step_ms']:8.3f} ms a step, {row['tokens_per_s']:>9} "
+                f"tokens/s, ratio {row.get('ratio')}, of the device's time in a prefill "
+                f"{row.get('prefill_device_ratio')}",
                 flush=True,
             )
     return complete
@@ -484,7 +533,9 @@ def main() -> int:
     parser.add_argument("--target", type=float, help="target sparsity of mode paper")
     parser.add_argument("--profiles", type=pathlib.Path, help="folder to keep profiles in, and to take them from")
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--profile", nargs="*", type=int, metavar="BATCH", help="print where the device's time goes")
+    parser.add_argument(
+        "--profile", nargs="*", type=int, metavar="BATCH", help="print where device and host spend their time"
+    )
     parser.add_argument("--out", type=pathlib.Path, help="CSV to write; default: bench/results/e2e-<date>.csv")
     for hidden in ("--stage", "--mode", "--folder", "--result"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)

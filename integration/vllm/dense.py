@@ -27,6 +27,17 @@ def dense_runs(state: LayerState) -> bool:
     return not (state.router_weight_on_input and state.weights.w13_bias is not None)
 
 
+def down_config(config: dict[str, int]) -> dict[str, int]:
+    """Block sizes for the product with w2_rows, from those that vLLM has for both products.
+
+    The kernel reads a tile of weights along H there: narrow tiles, which vLLM chooses for few tokens, cut a row into
+    pieces of 64 or 128 bytes. The rows of a block stay as they are, since the pairs are sorted for them.
+    """
+    if config["BLOCK_SIZE_M"] > 64 or config["BLOCK_SIZE_N"] >= 128:
+        return config
+    return {**config, "BLOCK_SIZE_N": 128, "BLOCK_SIZE_K": 64, "num_warps": 4, "num_stages": 4}
+
+
 def run_dense(
     state: LayerState,
     hidden_states: torch.Tensor,
@@ -82,6 +93,7 @@ def run_dense(
         triton.activate(state.activation, h, gate_up)
         if expert_map is not None:
             y.zero_()  # rows of pairs that nobody computes
+    config = down_config(config)
     triton.gemm(h, w2, y, topk_weights, sorted_ids, expert_ids, padded, not on_input, 1, config, weights.w2_bias)
     if kernels is not None:
         kernels.sum(y, topk_ids, pair_map, out)

@@ -106,7 +106,7 @@ def test_gpt_oss_layers(
     from cutedsl_kernels.integration.vllm.state import LayerState
 
     pieces = SimpleNamespace(
-        config=lambda *sizes: {"BLOCK_SIZE_M": BLOCK},
+        config=lambda *sizes: {"BLOCK_SIZE_M": BLOCK, "BLOCK_SIZE_N": 32},
         align=align,
         gemm=gemm,
         activate=activate,
@@ -124,6 +124,17 @@ def test_gpt_oss_layers(
     experts = 16 if case.expert_map is None else case.expert_map.numel()
     out = dense.run_dense(state, case.hidden_states, case.topk_weights, case.topk_ids, case.expert_map, experts)
     check_close(out, case)
+
+
+def test_the_second_product_reads_wide_tiles_and_keeps_the_order_of_pairs() -> None:
+    from cutedsl_kernels.integration.vllm.dense import down_config
+
+    narrow = {"BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 32, "BLOCK_SIZE_K": 128, "GROUP_SIZE_M": 8, "num_warps": 2}
+    found = down_config(narrow)
+    assert (found["BLOCK_SIZE_M"], found["GROUP_SIZE_M"], found["BLOCK_SIZE_N"]) == (16, 8, 128)
+    assert narrow["BLOCK_SIZE_N"] == 32  # vLLM remembers its configs
+    for unchanged in (narrow | {"BLOCK_SIZE_N": 128}, narrow | {"BLOCK_SIZE_M": 128}):
+        assert down_config(unchanged) == unchanged
 
 
 def test_a_bias_is_not_scaled_with_the_input(seed: int) -> None:
