@@ -38,6 +38,7 @@ import tempfile
 import time
 from typing import Any
 
+from e2e_models import MODELS
 from source_tree import source_tree
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -46,102 +47,6 @@ ROUTER_SCALE = 60.0  # dummy weights are uniform in +-1e-3: logits of standard d
 MODES = ("stock", "dense", "paper", "routed")
 CALIBRATED = ("paper", "routed")  # modes that need a profile
 
-_QWEN3 = {
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "model_type": "qwen3_moe",
-    "attention_bias": False,
-    "decoder_sparse_step": 1,
-    "head_dim": 128,
-    "hidden_act": "silu",
-    "hidden_size": 2048,
-    "intermediate_size": 6144,
-    "max_position_embeddings": 40960,
-    "mlp_only_layers": [],
-    "moe_intermediate_size": 768,
-    "norm_topk_prob": True,
-    "num_attention_heads": 32,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "num_hidden_layers": 48,
-    "num_key_value_heads": 4,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000.0,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "vocab_size": 151936,
-}
-# Qwen3.5's text model has Qwen3-Next's structure (three linear-attention layers to one full, shared expert);
-# Qwen3.5's own class is multimodal and would need image processors that a checkpoint of random weights does not have.
-_QWEN35 = {
-    "architectures": ["Qwen3NextForCausalLM"],
-    "model_type": "qwen3_next",
-    "attention_bias": False,
-    "decoder_sparse_step": 1,
-    "full_attention_interval": 4,
-    "head_dim": 256,
-    "hidden_act": "silu",
-    "hidden_size": 2048,
-    "intermediate_size": 5120,
-    "linear_conv_kernel_dim": 4,
-    "linear_key_head_dim": 128,
-    "linear_num_key_heads": 16,
-    "linear_num_value_heads": 32,
-    "linear_value_head_dim": 128,
-    "max_position_embeddings": 32768,
-    "mlp_only_layers": [],
-    "moe_intermediate_size": 512,
-    "norm_topk_prob": True,
-    "num_attention_heads": 16,
-    "num_experts": 256,
-    "num_experts_per_tok": 8,
-    "num_hidden_layers": 40,
-    "num_key_value_heads": 2,
-    "partial_rotary_factor": 0.25,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000000.0,
-    "shared_expert_intermediate_size": 512,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "vocab_size": 248320,
-}
-# The shape of gpt-oss-20b with ordinary bf16 weights: its own checkpoint is mxfp4, which vLLM's method runs.
-_GPT_OSS = {
-    "architectures": ["GptOssForCausalLM"],
-    "model_type": "gpt_oss",
-    "attention_bias": True,
-    "head_dim": 64,
-    "hidden_act": "silu",
-    "hidden_size": 2880,
-    "initial_context_length": 4096,
-    "intermediate_size": 2880,
-    "layer_types": ["sliding_attention", "full_attention"] * 12,
-    "max_position_embeddings": 131072,
-    "num_attention_heads": 64,
-    "num_experts_per_tok": 4,
-    "num_hidden_layers": 24,
-    "num_key_value_heads": 8,
-    "num_local_experts": 32,
-    "rms_norm_eps": 1e-5,
-    "rope_scaling": {
-        "beta_fast": 32.0,
-        "beta_slow": 1.0,
-        "factor": 32.0,
-        "original_max_position_embeddings": 4096,
-        "rope_type": "yarn",
-        "truncate": False,
-    },
-    "rope_theta": 150000,
-    "sliding_window": 128,
-    "swiglu_limit": 7.0,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "vocab_size": 201088,
-}
-MODELS: dict[str, tuple[dict[str, Any], float]] = {  # and the sparsity of mode paper
-    "qwen3-30b-a3b": (_QWEN3, 0.8),
-    "qwen3.5-35b-a3b": (_QWEN35, 0.845),
-    "gpt-oss-20b": (_GPT_OSS, 0.8),
-}
 COLUMNS = [
     "date",
     "revision",
@@ -505,20 +410,26 @@ def benchmark(
                 "batch": batch,
                 "input": args.input,
                 "output": args.output,
-                "tokens_per_s": f"{1e3 * int(batch) / times['step_ms']:.1f}",
-                **{name: f"{value:.4f}" for name, value in times.items()},
-                "baseline": "vllm stock" if batch in stock else "",
+                **figures(int(batch), times, stock.get(batch)),
             }
-            for column, name in RATIOS.items() if batch in stock else ():
-                row[column] = f"{stock[batch][name] / times[name]:.3f}" if times[name] else ""  # 0: no device
             writer.writerow(row)
             print(
                 f"{name} {mode:6} batch {batch:>4}: {times['step_ms']:8.3f} ms a step, {row['tokens_per_s']:>9} "
-                f"tokens/s, ratio {row.get('ratio')}, of the device's time in a prefill "
-                f"{row.get('prefill_device_ratio')}",
+                f"tokens/s, {row['ratio'] or '-'} times as fast as stock, the device in a prefill "
+                f"{row['prefill_device_ratio'] or '-'}",
                 flush=True,
             )
     return complete
+
+
+def figures(batch: int, times: dict[str, float], stock: dict[str, float] | None) -> dict[str, str]:
+    """Columns of one measured batch: its times, and how many times as fast as ``stock``'s; a time of 0 has none."""
+    found = {column: f"{value:.4f}" for column, value in times.items()}
+    found["tokens_per_s"] = f"{1e3 * batch / times['step_ms']:.1f}"
+    found["baseline"] = "" if stock is None else "vllm stock"
+    for column, which in RATIOS.items():
+        found[column] = "" if stock is None or not times[which] else f"{stock[which] / times[which]:.3f}"
+    return found
 
 
 def main() -> int:
