@@ -68,6 +68,16 @@ class ExpertWeights:
     def shape(self, top_k: int) -> MoEShape:
         return MoEShape(self.num_experts, top_k, self.hidden_size, self.intermediate_size)
 
+    def copy_(self, other: ExpertWeights) -> None:
+        """Overwrites these weights, where they are, by ``other``'s of the same shapes. ValueError if biases are missing
+        on one side only."""
+        for name in ("w13", "w2_rows", "w13_bias", "w2_bias"):
+            mine, new = getattr(self, name), getattr(other, name)
+            if (mine is None) != (new is None):
+                raise ValueError(f"{name} must be given for both or for neither")
+            if mine is not None:
+                mine.copy_(new)
+
     @classmethod
     def from_w13_w2(
         cls,

@@ -31,6 +31,18 @@ def test_down_rows_are_the_columns_of_w2(dtype: torch.dtype, seed: int) -> None:
     assert weights.shape(2) == MoEShape(E, 2, H, I)
 
 
+def test_overwriting_keeps_the_addresses() -> None:
+    old, new = ExpertWeights.from_w13_w2(*raw(torch.float32)), ExpertWeights.from_w13_w2(*raw(torch.float32))
+    place = old.w2_rows.data_ptr()
+    old.copy_(new)
+    assert torch.equal(old.w13, new.w13)
+    assert torch.equal(old.w2_rows, new.w2_rows)
+    assert old.w2_rows.data_ptr() == place
+    biased = ExpertWeights(new.w13, new.w2_rows, torch.zeros(E, 2 * I), torch.zeros(E, H))
+    with pytest.raises(ValueError, match="w13_bias must be given for both"):
+        biased.copy_(new)
+
+
 class LargestAllocation(TorchDispatchMode):
     """Elements of the largest tensor that any operation returned in storage of its own."""
 

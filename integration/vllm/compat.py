@@ -102,6 +102,21 @@ def why_not_dispatched(parallel: Any) -> str | None:
     return f"the all-to-all back end {back_end} does not hand over tokens as rows [M, K] (supported: {known})"
 
 
+def why_weights_move() -> str | None:
+    """Why the weights of the engine that is being built may leave the addresses they are loaded to, or None."""
+    from vllm.config import get_current_vllm_config_or_none
+
+    config = get_current_vllm_config_or_none()
+    if config is None:
+        return None
+    if config.model_config is not None and config.model_config.enable_sleep_mode:
+        return "sleep mode (--enable-sleep-mode) may discard the thresholds and the kernels' scratch memory"
+    offload = config.offload_config
+    if offload.uva.cpu_offload_gb > 0 or offload.prefetch.offload_group_size > 0:
+        return "weights may be offloaded to the host (--cpu-offload-gb, --offload-group-size)"
+    return None
+
+
 def modular_kernel(layer: Any, quant_config: Any, experts: Any) -> Any:
     """vLLM's kernel around ``experts``, with prepare and finalize for the layer's all-to-all back end. Collective: all
     ranks make theirs.

@@ -32,7 +32,7 @@ def why_unsupported(layer: Any) -> str | None:
         return "SwiGLU with a clamp is not supported"
     if moe.in_dtype not in ((torch.bfloat16,) if compat.is_cuda() else SUPPORTED_DTYPES):
         return f"activations of type {str(moe.in_dtype).removeprefix('torch.')} are not supported"
-    return compat.why_not_dispatched(moe.moe_parallel_config)
+    return compat.why_weights_move() or compat.why_not_dispatched(moe.moe_parallel_config)
 
 
 class IntraExpertSparseMethod(compat.method_base_class()):  # type: ignore[misc]
@@ -58,6 +58,11 @@ class IntraExpertSparseMethod(compat.method_base_class()):  # type: ignore[misc]
         return None
 
     def process_weights_after_loading(self, layer: Any) -> None:
+        """Re-lays w2 and makes the layer's state. After a reload of weights the state stays, and with it the addresses
+        that kernels and captured graphs hold: the new weights are copied there."""
+        state: LayerState | None = getattr(layer, STATE, None)
+        if state is not None and layer.w2_weight.data_ptr() == state.weights.w2_rows.data_ptr():
+            return  # nothing was loaded since
         found = compat.activation_of(layer)
         assert found is not None, "checked by why_unsupported"
         activation, interleaved = found
@@ -68,6 +73,10 @@ class IntraExpertSparseMethod(compat.method_base_class()):  # type: ignore[misc]
             w2_bias=_data(layer, "w2_bias"),
             interleaved=interleaved,
         )
+        if state is not None:
+            state.weights.copy_(weights)
+            layer.w2_weight = torch.nn.Parameter(state.weights.w2_rows, requires_grad=False)
+            return
         layer.w2_weight = torch.nn.Parameter(weights.w2_rows, requires_grad=False)
         parallel = self.moe.moe_parallel_config
         dispatched = compat.is_dispatched(parallel)

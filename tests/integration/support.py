@@ -90,6 +90,12 @@ OPTIONS = (
         "vLLM's own method for layers with quantized experts, sparse for others; run with fp8",
         "test_quantized_experts_run_as_in_stock_vllm, test_layers_that_are_not_quantized_run_sparse",
     ),
+    ("reloading weights (reload_weights)", "sparse, under the same thresholds", "test_reloaded_weights"),
+    (
+        "sleep mode, weights offloaded to the host",
+        "vLLM's own method: the kernels hold addresses",
+        "test_weights_that_may_move_are_left_to_vllm",
+    ),
     ("expert load balancing (EPLB)", "refused", "test_expert_load_balancing_is_refused"),
     (
         "all-to-all by DeepEP (high throughput, v2) or FlashInfer (NVLink)",

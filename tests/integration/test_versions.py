@@ -56,6 +56,10 @@ compat.already_reduced()
 inspect.signature(compat.stock_method_class().create_weights).bind(None, None, 1, 2, 3, None)
 inspect.signature(compat.method_base_class().apply).bind(
     None, layer=0, x=0, topk_weights=0, topk_ids=0, shared_experts=0, shared_experts_input=0)
+assert compat.why_weights_move() is None
+from vllm.config import ModelConfig, OffloadConfig
+assert "enable_sleep_mode" in ModelConfig.__dataclass_fields__
+assert (OffloadConfig().uva.cpu_offload_gb, OffloadConfig().prefetch.offload_group_size) == (0, 0)
 triton = compat.triton_experts()
 inspect.signature(triton._gemm).bind(*range(12), compute_type=0, use_fp8_w8a8=False, use_int8_w8a8=False,
     use_int8_w8a16=False, use_int4_w4a16=False, per_channel_quant=False, B_bias=None)
