@@ -81,6 +81,11 @@ OPTIONS = (
         "sparse, in vLLM's modular kernel; Llama-4's weight on the input too",
         f"test_two_data_parallel_ranks_equal_one, {TWO_GPUS}",
     ),
+    (
+        "pipeline parallel",
+        "sparse; loading was run, serving not (vLLM's CPU build cannot)",
+        "test_every_stage_of_a_pipeline_loads_its_own_layers",
+    ),
     ("torch.compile", "sparse; one opaque operator", "test_compiled_engine_equals_eager"),
     ("prefix caching, n-gram speculation", "sparse, same tokens", "test_answers_keep_coming"),
     ("chunked prefill, mixed batches", "sparse, same tokens", "test_random_batches_of_random_lengths"),

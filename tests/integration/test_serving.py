@@ -97,6 +97,20 @@ def test_lora_switched_on_falls_back_and_says_so(
     assert "LoRA adapters may apply to the experts" in caplog.text
 
 
+def test_every_stage_of_a_pipeline_loads_its_own_layers(
+    checkpoint: Callable[[str], str], engine: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No further: two stages of vLLM's CPU build fail at the first batch, with its own method as well."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|0")
+    folder = checkpoint("olmoe")
+    alone = engine(folder, record=True).layer_names
+    staged = engine(folder, record=True, pipeline_parallel_size=2)
+    parts = staged.llm.collective_rpc("sparsity_layers")
+    assert [name for part in parts for name in part] == alone
+    assert len(parts) == 2
+    assert all(parts)
+
+
 def parameter_bytes(worker: Any) -> int:
     return sum(p.numel() * p.element_size() for p in worker.get_model().parameters())
 
