@@ -102,6 +102,13 @@ def why_not_dispatched(parallel: Any) -> str | None:
     return f"the all-to-all back end {back_end} does not hand over tokens as rows [M, K] (supported: {known})"
 
 
+def is_batch_invariant() -> bool:
+    """Whether vLLM is to give results that do not depend on what else is in a batch."""
+    import vllm.envs
+
+    return bool(vllm.envs.VLLM_BATCH_INVARIANT)
+
+
 def why_weights_move() -> str | None:
     """Why the weights of the engine that is being built may leave the addresses they are loaded to, or None."""
     from vllm.config import get_current_vllm_config_or_none

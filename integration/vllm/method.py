@@ -32,6 +32,8 @@ def why_unsupported(layer: Any) -> str | None:
         return "SwiGLU with a clamp is not supported"
     if moe.in_dtype not in ((torch.bfloat16,) if compat.is_cuda() else SUPPORTED_DTYPES):
         return f"activations of type {str(moe.in_dtype).removeprefix('torch.')} are not supported"
+    if compat.is_batch_invariant():
+        return "plans depend on the batch size and sums on the order of arrival, VLLM_BATCH_INVARIANT forbids both"
     return compat.why_weights_move() or compat.why_not_dispatched(moe.moe_parallel_config)
 
 

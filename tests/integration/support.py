@@ -101,6 +101,7 @@ OPTIONS = (
         "vLLM's own method: the kernels hold addresses",
         "test_weights_that_may_move_are_left_to_vllm",
     ),
+    ("batch invariance (VLLM_BATCH_INVARIANT)", "vLLM's own method", "test_batch_invariance_is_left_to_vllm"),
     ("expert load balancing (EPLB)", "refused", "test_expert_load_balancing_is_refused"),
     (
         "all-to-all by DeepEP (high throughput, v2) or FlashInfer (NVLink)",

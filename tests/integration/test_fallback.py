@@ -71,6 +71,14 @@ def test_unsupported_layers_fall_back_with_the_reason(
     assert chosen.expected == []
 
 
+def test_batch_invariance_is_left_to_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    import vllm.envs
+    from cutedsl_kernels.integration.vllm.method import why_unsupported
+
+    monkeypatch.setattr(vllm.envs, "VLLM_BATCH_INVARIANT", True, raising=False)
+    assert "VLLM_BATCH_INVARIANT" in str(why_unsupported(fake_layer()))
+
+
 @pytest.mark.parametrize("cuda", [False, True])
 @pytest.mark.parametrize(
     "layer",

@@ -57,6 +57,7 @@ inspect.signature(compat.stock_method_class().create_weights).bind(None, None, 1
 inspect.signature(compat.method_base_class().apply).bind(
     None, layer=0, x=0, topk_weights=0, topk_ids=0, shared_experts=0, shared_experts_input=0)
 assert compat.why_weights_move() is None
+assert not compat.is_batch_invariant()
 from vllm.config import ModelConfig, OffloadConfig
 assert "enable_sleep_mode" in ModelConfig.__dataclass_fields__
 assert (OffloadConfig().uva.cpu_offload_gb, OffloadConfig().prefetch.offload_group_size) == (0, 0)
