@@ -190,6 +190,8 @@ class LayerHistogram:
         if target == 0:
             return LayerThresholds(0.0, 0.0)
         rho = self.pair_threshold(min(skip_pairs, target))
+        if self.skippable(rho) == 0:  # no pair is below it: all weights are equal, and rounding must not skip them all
+            rho = 0.0
         joint, fine = (
             tensor.cpu().numpy().astype(np.float64)
             for tensor in ((self.gate, self.gate_fine) if score == "gate" else (self.routed, self.routed_fine))

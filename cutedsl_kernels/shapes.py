@@ -66,7 +66,7 @@ class MoEShape:
         """Shape of the routed experts of a Hugging Face ``config.json`` (as a dict). UserError if it is not an MoE."""
         text = config.get("text_config") or config
         experts = _first(text, "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-        top_k = _first(text, "num_experts_per_tok", "num_experts_per_token", "top_k", "moe_top_k")
+        top_k = _first(text, "num_experts_per_tok", "num_experts_per_token", "top_k", "moe_top_k", "moe_k")
         hidden = _first(text, "hidden_size")
         inter = _first(text, "moe_intermediate_size", "expert_intermediate_size", "intermediate_size")
         if experts is None or top_k is None or hidden is None or inter is None:

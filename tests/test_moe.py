@@ -100,6 +100,7 @@ def test_nan_reaches_the_result(seed: int) -> None:
     [
         ({"num_experts": 64, "num_experts_per_tok": 8, "hidden_size": 2048, "intermediate_size": 1024}, (64, 8)),
         ({"num_local_experts": 8, "num_experts_per_tok": 2, "hidden_size": 2048, "intermediate_size": 1024}, (8, 2)),
+        ({"moe_num_experts": 64, "moe_k": 6, "hidden_size": 2048, "moe_intermediate_size": 1024}, (64, 6)),
         (
             {
                 "text_config": {

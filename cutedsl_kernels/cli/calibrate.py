@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 MINIMUM_TOKENS = 1024
 AUTO_WITHOUT_LEARNING = "moments-routed"  # what --score auto is where thresholds cannot be learned
 SHARE_OF_GPU = 0.4  # of its free memory that a checkpoint may take to be learned from: down rows are there twice
+SHARE_TOLERANCE = 0.02  # of the pairs, by which a layer may miss the share to skip without a word
+WIDE_GAP = 0.2  # between two targets
 LARGEST_ON_CPU = 100_000_000  # bytes of a checkpoint that --score auto learns from without a GPU: minutes
 
 
@@ -185,6 +188,18 @@ def calibrate(
         f"{' (at smaller targets as many as the target)' if less else ''}, "
         f"targets {targets[0]:g} to {targets[-1]:g}, from {tokens} tokens"
     )
+    if isinstance(share, float):
+        reached = sum(table.pair_skip(targets[-1]) or 0.0 for table in profile.layers.values()) / len(profile.layers)
+        if reached < min(share, targets[-1]) - SHARE_TOLERANCE:
+            print(
+                f"only {100 * reached:.1f} % of the pairs can be skipped at {targets[-1]:g}: routing weights are equal"
+            )
+    wide = [(a, b) for a, b in pairwise(targets) if b - a > WIDE_GAP]
+    if wide:
+        print(
+            f"between {' and '.join(f'{a:g} and {b:g}' for a, b in wide)} thresholds are interpolated over a wide gap "
+            "and may miss a target by far: give a --target there to serve there"
+        )
     if profile.neurons is not None:
         print(f"{out.with_name(profile.neurons.file)}: per-neuron parts, {profile.neurons.size} bytes; keep it there")
 

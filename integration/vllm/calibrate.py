@@ -162,8 +162,9 @@ def calibrate_profile(
 
 
 def neuron_file(profile: Path) -> Path:
-    """The file of a profile's per-neuron parts, beside it."""
-    return profile.with_name(f"{profile.stem}.neurons.safetensors")
+    """The file of a profile's per-neuron parts, beside it. Not named .safetensors, which it is: vLLM takes all such
+    files of a folder for weights."""
+    return profile.with_name(f"{profile.stem}.neurons")
 
 
 def budget_file(profile: Path) -> Path:

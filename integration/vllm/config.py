@@ -20,7 +20,7 @@ from ...quality.scores import NeuronParts
 from ...sparsity import SparsityProfile
 from . import compat
 from .neurons import load_parts
-from .options import METHOD_NAME, OVERRIDES_KEY, Options, choose_target, find_profile, load_profile
+from .options import METHOD_NAME, OVERRIDES_KEY, Options, choose_target, find_profile, load_profile, served_identity
 from .state import LayerState
 from .stats import SparsityStats
 
@@ -85,13 +85,15 @@ class IntraExpertSparseConfig(QuantizationConfig):
         del revision
         self.model = model_name
         try:
-            self.options = Options.collect({**self.overrides, **(getattr(hf_config, OVERRIDES_KEY, None) or {})})
+            self.options = Options.collect(self.overrides, getattr(hf_config, OVERRIDES_KEY, None))
             if self.options.without_profile:
                 return
             try:
                 find_profile(self.options, model_name)
             except UserError as error:
                 if self.inner is None:
+                    if hf_config is not None:
+                        served_identity(model_name, hf_config, 1)  # says so if it is no Mixture-of-Experts model
                     raise
                 self.no_profile = str(error)
                 return

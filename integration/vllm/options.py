@@ -34,11 +34,17 @@ class Options:
     sparsity_stats: bool = False
 
     @classmethod
-    def collect(cls, overrides: Mapping[str, Any] | None) -> Options:
-        """From the hf_overrides entry (a dict, or None) and the environment. UserError for an unknown key or a bad
-        value.
+    def collect(cls, *overrides: Any) -> Options:
+        """From the hf_overrides entries (dicts, or None; later ones count) and the environment. UserError for an
+        unknown key or a bad value.
         """
-        given = dict(overrides or {})
+        given: dict[str, Any] = {}
+        for entry in overrides:
+            if entry is not None and not isinstance(entry, Mapping):
+                raise UserError(
+                    f'hf_overrides: {OVERRIDES_KEY} must be an object such as {{"target_sparsity": 0.8}}, got {entry!r}'
+                )
+            given |= dict(entry or {})
         given.pop("quant_method", None)
         known = {"profile", "target_sparsity", "without_profile", "sparsity_stats"}
         for key in given:
@@ -55,16 +61,19 @@ class Options:
             target, source = os.environ[ENV_TARGET], ENV_TARGET
         if target is not None:
             options = replace(options, target_sparsity=_share(target, source))
+        stats: tuple[Any, str] = (os.environ.get(ENV_STATS) or False, ENV_STATS)
+        if "sparsity_stats" in given:
+            stats = (given["sparsity_stats"], f"hf_overrides: {OVERRIDES_KEY}.sparsity_stats")
         return replace(
             options,
             without_profile=_flag(given.get("without_profile", False), f"{OVERRIDES_KEY}.without_profile"),
-            sparsity_stats=_flag(given.get("sparsity_stats", os.environ.get(ENV_STATS) or False), "sparsity_stats"),
+            sparsity_stats=_flag(*stats),
         )
 
 
 def _share(value: Any, source: str) -> float:
     try:
-        number = float(value)
+        number = -1.0 if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
         number = -1.0
     if not 0 <= number < 1:

@@ -74,14 +74,17 @@ def test_target_below_the_share_to_skip_skips_less_and_keeps_all_neurons() -> No
     assert histogram.thresholds(0.0, skip_pairs=0.35) == (0.0, 0.0)
 
 
-def test_equal_routing_weights_are_all_kept() -> None:
-    """A router that has learnt nothing gives every pair 1/8: no share of them can be skipped, so none is."""
+@pytest.mark.parametrize("weight", [0.125, 1.0])
+def test_equal_routing_weights_are_all_kept(weight: float) -> None:
+    """A router that has learnt nothing gives every pair 1/8; with one expert a token it may always give 1. No share of
+    them can be skipped, so none is, however the weight is rounded."""
     histogram = LayerHistogram()
-    magnitude = torch.rand(400, 16)
-    histogram.observe(magnitude, torch.full((400,), 0.125))
+    magnitude, routing = torch.rand(400, 16), torch.full((400,), weight)
+    histogram.observe(magnitude, routing)
     row = histogram.thresholds(0.8, skip_pairs=0.35)
-    assert row.pair_threshold <= 0.125
-    assert abs(inactive_share(magnitude, torch.full((400,), 0.125), row, True) - 0.8) < 0.01
+    assert row.pair_threshold == 0
+    assert abs(inactive_share(magnitude, routing, row, True) - 0.8) < 0.01
+    assert histogram.table([0.5, 0.8], skip_pairs=0.35).pair_skips is None
 
 
 def test_merging_parts_equals_observing_the_whole(seed: int) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from cutedsl_kernels.integration.vllm.state import LayerState
 
 from cutedsl_kernels import SparsityProfile, UserError
 from cutedsl_kernels.plan import Plan
+from cutedsl_kernels.sparsity import PROFILE_FILENAME
 
 pytestmark = pytest.mark.cpu
 
@@ -67,12 +70,16 @@ def test_overrides_win_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
         ({"target": 0.5}, "target is not an option; known are"),
         ({"target_sparsity": 1.0}, "must be a number in 0..1"),
         ({"target_sparsity": "high"}, "must be a number in 0..1"),
-        ({"sparsity_stats": "often"}, "must be true or false"),
+        ({"target_sparsity": False}, "must be a number in 0..1"),
+        ({"sparsity_stats": "often"}, "hf_overrides: intra_expert_sparsity.sparsity_stats must be true or false"),
+        (0.8, 'must be an object such as {"target_sparsity": 0.8}, got 0.8'),
+        ("0.8", "must be an object"),
+        ([0.8], "must be an object"),
     ],
 )
-def test_bad_options_are_one_line(overrides: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message) as caught:
-        o.Options.collect(overrides)
+def test_bad_options_are_one_line(overrides: Any, message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
+        o.Options.collect({"profile": "p.json"}, overrides)
     assert "\n" not in str(caught.value)
 
 
@@ -80,6 +87,26 @@ def test_bad_environment_names_the_variable(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv(o.ENV_TARGET, "-1")
     with pytest.raises(UserError, match=o.ENV_TARGET):
         o.Options.collect(None)
+    monkeypatch.delenv(o.ENV_TARGET)
+    monkeypatch.setenv(o.ENV_STATS, "yes please")
+    with pytest.raises(UserError, match=o.ENV_STATS):
+        o.Options.collect(None)
+
+
+def test_a_dense_model_is_not_told_to_calibrate(tmp_path: Path) -> None:
+    from cutedsl_kernels.integration.vllm.config import IntraExpertSparseConfig, MethodError
+
+    config = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128}
+    with pytest.raises(MethodError, match="llama is not a Mixture-of-Experts model"):
+        IntraExpertSparseConfig().maybe_update_config(str(tmp_path), SimpleNamespace(to_dict=lambda: config))
+
+
+def test_what_lies_beside_a_checkpoint_is_not_taken_for_weights() -> None:
+    """vLLM loads every file of a folder that one of these patterns matches; loaders that know no such names fail."""
+    from cutedsl_kernels.integration.vllm.calibrate import neuron_file
+
+    written = neuron_file(Path("checkpoint") / PROFILE_FILENAME)
+    assert not any(written.match(pattern) for pattern in ("*.safetensors", "*.bin", "*.pt", "*.gguf"))
 
 
 def test_no_profile_says_how_to_make_one(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def profile_of(model: MoEModel, sequences: list[list[int]], path: Path) -> Spars
         name: NeuronParts(weight_check(layer.weights), moments[name].rms(row_norms(layer.weights)[0]))
         for name, layer in model.layers.items()
     }
-    digest, size = save_neuron_parts(path.with_name("p.neurons.safetensors"), parts)
+    digest, size = save_neuron_parts(path.with_name("p.neurons"), parts)
     rows = {target: scored.thresholds(target) for target in (0.4, 0.8)}
     data: dict[str, Any] = {
         "format": FORMAT_2,
@@ -76,7 +76,7 @@ def profile_of(model: MoEModel, sequences: list[list[int]], path: Path) -> Spars
             for name in model.layers
         },
         "created": {"version": "0", "date": "2026-11-23"},
-        "neurons": {"file": "p.neurons.safetensors", "sha256": digest, "size": size},
+        "neurons": {"file": "p.neurons", "sha256": digest, "size": size},
     }
     profile = SparsityProfile.from_dict(data)
     profile.save(path)

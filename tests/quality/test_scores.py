@@ -148,7 +148,7 @@ def test_fingerprint_accepts_its_weights_and_no_others(ranks: int, seed: int) ->
 
 def test_parts_survive_their_file_and_damage_is_named(tmp_path: Path, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    path = tmp_path / "p.neurons.safetensors"
+    path = tmp_path / "p.neurons"
     rms = torch.rand(4, 32, generator=generator)
     parts = {"layers.0": NeuronParts(weight_check(random_weights(generator)), rms)}
     digest, size = save_neuron_parts(path, parts)
