@@ -322,6 +322,7 @@ def test_damaged_tables_warn_once_and_are_ignored(tuned_folder: Path, content: s
     path = write(tuned_folder, content)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        warnings.simplefilter("ignore", ResourceWarning)  # of files that other tests left open, whenever they are freed
         assert plan_for(SHAPE, 8, 0.85, H200) == expected
         plan_for(SHAPE, 9, 0.85, H200)
     assert [w.category for w in caught] == [TunedTableWarning]
@@ -346,6 +347,7 @@ def test_another_version_is_used_with_one_warning(tuned_folder: Path, name: str)
     write(tuned_folder, table(**{name: "1.2.3"}))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        warnings.simplefilter("ignore", ResourceWarning)  # of files that other tests left open, whenever they are freed
         assert plan_for(SHAPE, 8, 0.85, H200) == BEST[8]
         plan_for(SHAPE, 1, 0.85, H200)
     assert [w.category for w in caught] == [TunedTableWarning]

@@ -17,7 +17,8 @@ BEGIN, END = "<!-- support:table -->", "<!-- /support:table -->"
 class Architecture:
     """One architecture of the tests. checkpoint: its name in tools/make_tiny_checkpoints.py. definition: where a
     sparse model is compared to sparse_moe_ref: "engine and transformers", or "engine" only. engine: whether the CPU
-    engine runs it. gpu: what a GPU does with it.
+    engine runs it. gpu: what a GPU does with it. attention: vLLM's back end, where the one it chooses by itself on some
+    processors (AMX) does not take float32.
     """
 
     checkpoint: str
@@ -27,6 +28,7 @@ class Architecture:
     engine: bool = True
     gpu: str = "sparse"
     note: str = ""
+    attention: str | None = None
 
 
 ARCHITECTURES = (
@@ -44,6 +46,7 @@ ARCHITECTURES = (
         "deepseek-v2",
         "DeepSeek-V2",
         definition="engine",
+        attention="CPU_MLA",
         note="transformers and vLLM differ on a random checkpoint, dense as well",
     ),
     Architecture(

@@ -59,6 +59,8 @@ def test_equals_stock_when_dense_and_the_definition_when_sparse(
     folder, texts = checkpoint(architecture.checkpoint), sequences(seed)
     exact = architecture.dtype == "float32"
     options = {"dtype": architecture.dtype, "max_model_len": 128}
+    if architecture.attention is not None:
+        options["attention_backend"] = architecture.attention
     stock = scores(engine(folder, dense=True, **options), texts)[0]
     ours = engine(folder, record=True, **options)
     top_k = ours.identity.top_k

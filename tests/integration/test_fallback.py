@@ -168,8 +168,9 @@ def test_an_unsupported_vllm_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_missing_profile_is_one_line(tmp_path: Path) -> None:
     from cutedsl_kernels.integration.vllm.config import MethodError
 
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "hidden_size": 64, "intermediate_size": 128}
     with pytest.raises(MethodError, match="cutedsl-kernels calibrate") as caught:
-        config().maybe_update_config(str(tmp_path), hf_config={"architectures": ["OlmoeForCausalLM"]})
+        config().maybe_update_config(str(tmp_path), hf_config={"architectures": ["OlmoeForCausalLM"], **experts})
     assert "\n" not in str(caught.value)
     (tmp_path / "intra_expert_sparsity.json").write_text(json.dumps({"format": "unknown"}))
     with pytest.raises(MethodError, match="format is 'unknown'"):
