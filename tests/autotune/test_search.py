@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,22 +40,24 @@ def tuner(timer: SimulatedTimer, bins: list[Bin], **options: object) -> Tuner:
 
 @pytest.mark.parametrize("model", ["qwen3.5-35b-a3b", "olmoe-1b-7b"])
 def test_regret_of_the_search_is_small(model: str, seed: int) -> None:
+    """Over eight simulated GPUs: on one in some hundred the search misses the best value of a field."""
     layer = TunedLayer(KNOWN_MODELS[model].shape)
-    timer = SimulatedTimer(layer, seed)
     bins = ordered_bins([1, 8, 64], [(0.85, 0.0)])
-    entries = Tuner(layer, bins, timer, compiling=False).run().entries
-    assert set(entries) == set(bins)
-    measured = timer.calls
-    space = 0
-    for where, entry in entries.items():
-        plans = list(legal_plans(layer.shape, where.num_tokens))
-        space += len(plans)
-        best = min(timer.true_us(where, plan) for plan in plans)
-        assert (
-            timer.true_us(where, entry.chosen) <= 1.05 * best
-        )  # noise of the choice included; the script's limit is 3 %
-        assert illegal_reason(entry.chosen, layer.shape, where.num_tokens) is None
-    assert measured < space / 3
+    regrets = []
+    for number in range(8):
+        timer = SimulatedTimer(layer, seed + number)
+        entries = Tuner(layer, bins, timer, compiling=False).run().entries
+        assert set(entries) == set(bins)
+        measured, space = timer.calls, 0
+        for where, entry in entries.items():
+            plans = list(legal_plans(layer.shape, where.num_tokens))
+            space += len(plans)
+            best = min(timer.true_us(where, plan) for plan in plans)
+            regrets.append(timer.true_us(where, entry.chosen) / best - 1)
+            assert illegal_reason(entry.chosen, layer.shape, where.num_tokens) is None
+        assert measured < space / 3
+    assert statistics.mean(regrets) <= 0.02
+    assert sum(regret > 0.05 for regret in regrets) <= 2
 
 
 def test_never_slower_than_dense_in_its_own_data(seed: int) -> None:
