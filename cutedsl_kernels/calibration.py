@@ -157,7 +157,8 @@ class LayerHistogram:
         """rho: the routing weight below which ``share`` of all pairs lie. 0 for share = 0.
 
         Routing weights that many pairs have in common (a router that gives every expert the same, say) are never cut
-        through: such pairs are all kept, and fewer than ``share`` are skipped.
+        through: such pairs are all kept, and fewer than ``share`` are skipped. Where none lie below them rho is 0, not
+        the weight itself, which a last bit could fall short of.
         """
         _check_share("share of skipped pairs", share)
         if share == 0:
@@ -165,7 +166,9 @@ class LayerHistogram:
         counts, edges = self.pairs.cpu().numpy().astype(np.float64), _edges(ROUTING_OCTAVES, PAIR_SPLIT)
         rho = _quantile(counts, edges, share)
         index = min(int(np.searchsorted(edges, rho, side="right")) - 1, len(counts) - 1)
-        return float(edges[index]) if counts[index] > COMMON_SHARE * counts.sum() else rho
+        if counts[index] <= COMMON_SHARE * counts.sum():
+            return rho
+        return float(edges[index]) if counts[:index].any() else 0.0
 
     def skippable(self, rho_cap: float | None) -> float:
         """Share of pairs with r below ``rho_cap``: what may be skipped without passing it. None: 1."""
@@ -190,8 +193,6 @@ class LayerHistogram:
         if target == 0:
             return LayerThresholds(0.0, 0.0)
         rho = self.pair_threshold(min(skip_pairs, target))
-        if self.skippable(rho) == 0:  # no pair is below it: all weights are equal, and rounding must not skip them all
-            rho = 0.0
         joint, fine = (
             tensor.cpu().numpy().astype(np.float64)
             for tensor in ((self.gate, self.gate_fine) if score == "gate" else (self.routed, self.routed_fine))

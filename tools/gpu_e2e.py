@@ -260,7 +260,7 @@ def stage_measure(args: argparse.Namespace) -> dict[str, Any]:
         wholes = [1e3 * seconds(batch, args.output, 11 + 2 * repeat) for repeat in range(args.repeats)]
         prefill = statistics.median(prefills)
         step = (statistics.median(wholes) - prefill) / (args.output - 1)
-        device = statistics.median(device_ms(seconds, batch, 1, seed) for seed in (10, 12, 14))
+        device = statistics.median(device_ms(seconds, batch, 1, seed) for seed in (10, 12, 14)) if args.cuda else 0.0
         times[str(batch)] = {
             "step_ms": step,
             "prefill_ms": prefill,
@@ -280,19 +280,22 @@ def stage_measure(args: argparse.Namespace) -> dict[str, Any]:
     return {"times": times}
 
 
-def device_ms(call: Any, *arguments: Any) -> float:
-    """Milliseconds that the device's kernels and copies take in one call, by torch's profiler."""
+def device_events(call: Any, *arguments: Any) -> Any:
+    """What the device's kernels and copies take in one call, by torch's profiler: its averages by name."""
     import torch
 
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         call(*arguments)
-    return sum(event.self_device_time_total for event in profile.key_averages()) / 1e3
+    return profile.key_averages()
+
+
+def device_ms(call: Any, *arguments: Any) -> float:
+    """Milliseconds that the device works in one call."""
+    return sum(event.self_device_time_total for event in device_events(call, *arguments)) / 1e3
 
 
 def profile_steps(mode: str, seconds: Any, batches: list[int]) -> None:
     """Prints where the device's time goes while decoding 32 tokens at each batch size, and the host's in a prefill."""
-    import torch
-
     for batch in batches:
         host = cProfile.Profile()
         for repeat in range(3):
@@ -300,14 +303,10 @@ def profile_steps(mode: str, seconds: Any, batches: list[int]) -> None:
         print(f"host's time in three prefills of {mode}, batch {batch} (cProfile, which slows Python down)")
         pstats.Stats(host).sort_stats("tottime").print_stats(20)
         pstats.Stats(host).sort_stats("cumulative").print_stats(50)
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            seconds(batch, 1, 98)
-        print(f"profile of {mode}, prefill of batch {batch}")
-        print(profile.key_averages().table(sort_by="self_device_time_total", row_limit=14, max_name_column_width=70))
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            seconds(batch, 32, 99)
-        print(f"profile of {mode}, batch {batch}")
-        print(profile.key_averages().table(sort_by="self_device_time_total", row_limit=14, max_name_column_width=70))
+        for what, tokens, seed in (("prefill of batch", 1, 98), ("batch", 32, 99)):
+            events = device_events(seconds, batch, tokens, seed)
+            print(f"profile of {mode}, {what} {batch}")
+            print(events.table(sort_by="self_device_time_total", row_limit=14, max_name_column_width=70))
 
 
 def run_stage(

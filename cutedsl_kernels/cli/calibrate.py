@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 MINIMUM_TOKENS = 1024
 AUTO_WITHOUT_LEARNING = "moments-routed"  # what --score auto is where thresholds cannot be learned
 SHARE_OF_GPU = 0.4  # of its free memory that a checkpoint may take to be learned from: down rows are there twice
-SHARE_TOLERANCE = 0.02  # of the pairs, by which a layer may miss the share to skip without a word
+SHARE_TOLERANCE = 0.02  # of the pairs, by which the layers may miss the share to skip, in the mean, without a word
 WIDE_GAP = 0.2  # between two targets
 LARGEST_ON_CPU = 100_000_000  # bytes of a checkpoint that --score auto learns from without a GPU: minutes
 
