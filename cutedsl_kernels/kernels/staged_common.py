@@ -243,7 +243,12 @@ class TileRing:
                 self.load_rows(ring, place + s * self.stage_size, source_a, a_rows, source_b, b_rows, s * step, depth)
             cute.arch.cp_async_commit_group()
         stage, fill = I32(0), I32(self.stages - 1)
-        for tile in cutlass.range(tiles, unroll=1):
+        turns = I32(tiles)
+        if cutlass.const_expr(self.wgmma and tiles == 1):
+            # Of a loop of one turn the compiler makes no loop, and sets acc to zero behind the fence of the wgmma that
+            # adds to it. The grid is one CTA deep, which it does not know.
+            turns += cute.arch.block_idx()[2]
+        for tile in cutlass.range(turns, unroll=1):
             self.wait_for_tile()
             ahead = tile + (self.stages - 1)
             if ahead < tiles:

@@ -211,6 +211,13 @@ BIASED: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("hidden_size", [64, 128])
+def test_a_hidden_dimension_of_one_tile(run_ptx, seed: int, hidden_size: int) -> None:
+    """Zeroing what wgmma adds to must stay in front of its fence, though the loop over tiles has one turn only."""
+    config = StagedConfig(row_atoms=hidden_size // 64, row_stages=2, down_atoms=1)
+    run(run_ptx, seed, config, num_tokens=9, hidden_size=hidden_size, intermediate_size=72)
+
+
 @pytest.mark.parametrize("name", BIASED)
 def test_biases(run_ptx, seed: int, name: str) -> None:
     """Gate, up and down biases, in both reductions; the latter also of pairs without an active neuron."""
