@@ -205,12 +205,13 @@ class TritonExperts:
 
     def __init__(self) -> None:
         from vllm import _custom_ops
-        from vllm.model_executor.layers.fused_moe import fused_moe
+        from vllm.model_executor.layers.fused_moe import fused_moe, get_config
         from vllm.model_executor.layers.fused_moe.activation import MoEActivation, apply_moe_activation
         from vllm.model_executor.layers.fused_moe.moe_align_block_size import moe_align_block_size
 
         self._gemm = fused_moe.invoke_fused_moe_triton_kernel
         self._config = fused_moe.try_get_optimal_moe_config
+        self._overriding_config, self._tuned_configs = get_config, fused_moe.get_moe_configs
         self._types = fused_moe.tl  # Triton's language; a placeholder without types where there is no GPU
         self._align = moe_align_block_size
         self._activate = apply_moe_activation
@@ -220,6 +221,11 @@ class TritonExperts:
     def config(self, w13: torch.Size, w2: torch.Size, top_k: int, num_tokens: int) -> dict[str, int]:
         """Block sizes for w13 [E, 2I, H], w2 [E, H, I]: vLLM's tuned file for it, else its default."""
         return self._config(w13, w2, top_k, None, num_tokens)
+
+    def has_default_config(self, w2: torch.Size) -> bool:
+        """Whether ``config`` comes from vLLM's default: no tuned file for w2 [E, H, I], no override."""
+        num_experts, _, inter = w2
+        return self._overriding_config() is None and self._tuned_configs(num_experts, inter, None, 0, 0) is None
 
     def align(
         self, topk_ids: torch.Tensor, block: int, num_experts: int, expert_map: torch.Tensor | None

@@ -27,15 +27,23 @@ def dense_runs(state: LayerState) -> bool:
     return not (state.router_weight_on_input and state.weights.w13_bias is not None)
 
 
-def down_config(config: dict[str, int]) -> dict[str, int]:
-    """Block sizes for the product with w2_rows, from those that vLLM has for both products.
+WIDE_PAIRS = 128  # pairs of an expert from which wide tiles are the faster ones
 
-    The kernel reads a tile of weights along H there: narrow tiles, which vLLM chooses for few tokens, cut a row into
-    pieces of 64 or 128 bytes. The rows of a block stay as they are, since the pairs are sorted for them.
+
+def product_config(config: dict[str, int], columns: int, *, of_w2_rows: bool, wide: bool) -> dict[str, int]:
+    """Block sizes for one of the two products, of so many columns, from those that vLLM has for both.
+
+    The rows of a block stay as they are, since the pairs are sorted for them. The product with w2_rows reads a tile
+    of weights along its columns: narrow tiles, which vLLM chooses for few tokens, cut a row into pieces of 64 or 128
+    bytes. ``wide``: vLLM has no tuned sizes for the shape, and its default for many tokens, 128 columns and three
+    stages, takes 4 to 10 % longer than 256 and four (docs/dense-path.md).
     """
-    if config["BLOCK_SIZE_M"] > 64 or config["BLOCK_SIZE_N"] >= 128:
-        return config
-    return {**config, "BLOCK_SIZE_N": 128, "BLOCK_SIZE_K": 64, "num_warps": 4, "num_stages": 4}
+    many_rows = config["BLOCK_SIZE_M"] > 64
+    if wide and many_rows and config["BLOCK_SIZE_N"] == 128 and columns % 256 == 0:
+        return {**config, "BLOCK_SIZE_N": 256, "num_stages": 4}
+    if of_w2_rows and not many_rows and config["BLOCK_SIZE_N"] < 128:
+        return {**config, "BLOCK_SIZE_N": 128, "BLOCK_SIZE_K": 64, "num_warps": 4, "num_stages": 4}
+    return config
 
 
 def run_dense(
@@ -62,6 +70,7 @@ def run_dense(
     # tokens with 35 % skipped (E=256, H=2048, I=512, H100, 2026-11-27).
     computed = max(1, round(num_tokens * (1 - state.expected_pair_skip)))
     config = triton.config(weights.w13.shape, w2.shape, top_k, computed)
+    wide = computed * top_k >= WIDE_PAIRS * global_num_experts and triton.has_default_config(w2.shape)
     kernels = state.pair_kernels if top_k == state.top_k else None
     few = expert_map is None and num_tokens * top_k * 4 <= global_num_experts
     num_ids = global_num_experts
@@ -82,8 +91,9 @@ def run_dense(
     y = shared[: num_tokens * top_k * hidden].view(num_tokens, top_k, hidden)
     out = torch.empty_like(x)
     on_input = state.router_weight_on_input
+    sizes = product_config(config, 2 * inter, of_w2_rows=False, wide=wide)
     triton.gemm(
-        x, weights.w13, gate_up, topk_weights, sorted_ids, expert_ids, padded, on_input, top_k, config, weights.w13_bias
+        x, weights.w13, gate_up, topk_weights, sorted_ids, expert_ids, padded, on_input, top_k, sizes, weights.w13_bias
     )
     gate_up = gate_up.view(-1, 2 * inter)
     if kernels is not None:
@@ -93,8 +103,8 @@ def run_dense(
         triton.activate(state.activation, h, gate_up)
         if expert_map is not None:
             y.zero_()  # rows of pairs that nobody computes
-    config = down_config(config)
-    triton.gemm(h, w2, y, topk_weights, sorted_ids, expert_ids, padded, not on_input, 1, config, weights.w2_bias)
+    sizes = product_config(config, hidden, of_w2_rows=True, wide=wide)
+    triton.gemm(h, w2, y, topk_weights, sorted_ids, expert_ids, padded, not on_input, 1, sizes, weights.w2_bias)
     if kernels is not None:
         kernels.sum(y, topk_ids, pair_map, out)
     else:

@@ -13,7 +13,7 @@ HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9,
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason="needs an sm_90 GPU")]
 
 
-@pytest.mark.parametrize("num_tokens", [1, 5, 70])
+@pytest.mark.parametrize("num_tokens", [1, 5, 70, 1100])  # 1100: wide tiles, where columns are a multiple of 256
 @pytest.mark.parametrize(
     "changes",
     [

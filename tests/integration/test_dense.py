@@ -107,6 +107,7 @@ def test_gpt_oss_layers(
 
     pieces = SimpleNamespace(
         config=lambda *sizes: {"BLOCK_SIZE_M": BLOCK, "BLOCK_SIZE_N": 32},
+        has_default_config=lambda w2: True,
         align=align,
         gemm=gemm,
         activate=activate,
@@ -127,14 +128,50 @@ def test_gpt_oss_layers(
 
 
 def test_the_second_product_reads_wide_tiles_and_keeps_the_order_of_pairs() -> None:
-    from cutedsl_kernels.integration.vllm.dense import down_config
+    from cutedsl_kernels.integration.vllm.dense import product_config
 
     narrow = {"BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 32, "BLOCK_SIZE_K": 128, "GROUP_SIZE_M": 8, "num_warps": 2}
-    found = down_config(narrow)
+    found = product_config(narrow, 2048, of_w2_rows=True, wide=False)
     assert (found["BLOCK_SIZE_M"], found["GROUP_SIZE_M"], found["BLOCK_SIZE_N"]) == (16, 8, 128)
     assert narrow["BLOCK_SIZE_N"] == 32  # vLLM remembers its configs
+    assert product_config(narrow, 2048, of_w2_rows=False, wide=False) == narrow
     for unchanged in (narrow | {"BLOCK_SIZE_N": 128}, narrow | {"BLOCK_SIZE_M": 128}):
-        assert down_config(unchanged) == unchanged
+        assert product_config(unchanged, 2048, of_w2_rows=True, wide=False) == unchanged
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "skip", "tuned", "sizes"),
+    [
+        (1024, 0.0, False, (256, 256)),
+        (1023, 0.0, False, (128, 128)),  # fewer than 128 pairs an expert
+        (1200, 0.2, False, (128, 128)),  # as few, of those that are left
+        (1024, 0.0, True, (128, 128)),
+    ],
+)
+def test_wide_tiles_where_vllm_has_tuned_nothing(
+    num_tokens: int, skip: float, tuned: bool, sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cutedsl_kernels.integration.vllm import dense
+    from cutedsl_kernels.integration.vllm.state import LayerState
+
+    seen = []
+    default = {"BLOCK_SIZE_M": 128, "BLOCK_SIZE_N": 128, "num_stages": 3}
+    assert dense.product_config(default, 384, of_w2_rows=True, wide=True) == default  # 256 would be half empty
+    pieces = SimpleNamespace(
+        config=lambda *sizes: default,
+        has_default_config=lambda w2: not tuned,
+        align=lambda *arguments: (None, None, None),
+        gemm=lambda *arguments: seen.append(arguments[9]),
+        activate=lambda *arguments: None,
+        sum=lambda *arguments: None,
+    )
+    monkeypatch.setattr(dense.compat, "triton_experts", lambda: pieces)
+    case = random_problem(0, num_tokens=num_tokens, num_experts=8, top_k=1, hidden_size=256, intermediate_size=128)
+    state = LayerState("layer", case.weights, 1, case.activation, False, case.thresholds)
+    state.rho, state.pair_skip = 1e-9 * skip, skip
+    dense.run_dense(state, case.hidden_states, case.topk_weights, case.topk_ids, None, 8)
+    assert tuple(config["BLOCK_SIZE_N"] for config in seen) == sizes
+    assert all(config["num_stages"] == (4 if config["BLOCK_SIZE_N"] == 256 else 3) for config in seen)
 
 
 def test_a_bias_is_not_scaled_with_the_input(seed: int) -> None:
