@@ -4,12 +4,12 @@
     python tools/gpu_e2e.py              both Qwens in full: several minutes each
     python tools/gpu_e2e.py --model qwen3.5-35b-a3b --modes stock routed --batches 1 8 --profile
 
-Random ("dummy") weights of the real shapes; norms are set to 1 and router weights scaled up, so that routing weights
-spread as in trained models. The profile is calibrated in the engine on random tokens. Every mode runs in a process of
-its own: batches of prompts of --input random tokens, --output tokens decoded greedily, CUDA graphs on. Time per
-decoded token = (time with --output tokens - time with 1) / (output - 1), of medians of --repeats; prefill = time with 1
-token, median of three times as many. prefill_device_ms: what the device's kernels take of it, by torch's profiler; the
-rest is the host, whose times differ by a third from one process to the next.
+Random ("dummy") weights of the real shapes; norms are set to 1, embeddings to variance 1 and router weights scaled up,
+so that tokens differ and routing weights spread as in trained models. The profile is calibrated in the engine on random
+tokens. Every mode runs in a process of its own: batches of prompts of --input random tokens, --output tokens decoded
+greedily, CUDA graphs on. Time per decoded token = (time with --output tokens - time with 1) / (output - 1), of medians
+of --repeats; prefill = time with 1 token, median of three times as many. prefill_device_ms: what the device's kernels
+take of it, by torch's profiler; the rest is the host, whose times differ by a third from one process to the next.
 
 modes   stock   vLLM's own method
         dense   this method at target 0
@@ -105,13 +105,16 @@ def engine_arguments(args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def make_realistic(worker: Any) -> tuple[int, int]:
-    """Runs in the worker: sets the weights of all norms to 1 and scales those of all routers, in place. Returns how
-    many there are of each.
+def make_realistic(worker: Any) -> tuple[int, int, int]:
+    """Runs in the worker: sets the weights of all norms to 1, the variance of the embeddings to 1, and scales the
+    weights of all routers, in place. Returns how many there are of each.
+
+    vLLM's embeddings of +-1e-3 are no larger than what attention adds to every token alike, or gpt-oss's biases: there
+    all tokens of a batch went to the same five experts.
     """
     import torch
 
-    norms = routers = 0
+    norms = embeddings = routers = 0
     with torch.no_grad():
         for name, module in worker.get_model().named_modules():
             if type(module).__name__ in (
@@ -120,10 +123,13 @@ def make_realistic(worker: Any) -> tuple[int, int]:
             ):  # Gemma's kind has 1 + weight, which is right as it is
                 module.weight.fill_(1.0)
                 norms += 1
+            elif type(module).__name__ == "VocabParallelEmbedding":
+                module.weight.div_(module.weight.float().std())
+                embeddings += 1
             elif name.endswith(("mlp.gate", "mlp.router")):
                 module.weight.mul_(ROUTER_SCALE)
                 routers += 1
-    return norms, routers
+    return norms, embeddings, routers
 
 
 def random_prompts(count: int, length: int, vocabulary: int, seed: int) -> list[list[int]]:
@@ -134,14 +140,14 @@ def random_prompts(count: int, length: int, vocabulary: int, seed: int) -> list[
 
 
 def stage_calibrate(args: argparse.Namespace) -> dict[str, Any]:
-    """Profiles for `paper` and `routed`, their realised sparsity, and checks of a layer against the definition."""
+    """Profiles for `paper` and `routed` if asked for, their realised sparsity, and a layer against the definition."""
     from cutedsl_kernels.integration.vllm.calibrate import calibrate_profile
     from cutedsl_kernels.integration.vllm.engine import SparseEngine
 
     arguments = {**engine_arguments(args), "enforce_eager": True}
     arguments.pop("compilation_config", None)
     engine = SparseEngine(args.folder, record=True, **arguments)
-    print("norms set to 1, routers scaled:", engine.llm.collective_rpc(make_realistic), flush=True)
+    print("norms, embeddings and routers changed:", engine.llm.collective_rpc(make_realistic), flush=True)
     vocabulary = engine.model_config.get_vocab_size()
     count = 16 if args.cuda else 1
     texts = random_prompts(count, 512, vocabulary, 1)
@@ -151,6 +157,8 @@ def stage_calibrate(args: argparse.Namespace) -> dict[str, Any]:
         ("paper", "gate", 0.0, args.target),
         ("routed", "gate-routed", ROUTED_SKIP, ROUTED_TARGET),
     ):
+        if mode not in args.modes:
+            continue
         profile = calibrate_profile(
             engine, texts, text_sha256="0" * 64, max_len=512, score=score, skip_pairs=skip, targets=[0.3, target]
         )
@@ -237,7 +245,7 @@ def stage_measure(args: argparse.Namespace) -> dict[str, Any]:
         target = {"paper": args.target, "routed": ROUTED_TARGET}[args.mode]
         options = {"profile": pathlib.Path(args.folder) / f"{args.mode}.json", "target": target}
     engine = SparseEngine(args.folder, enforce_eager=False, **options, **engine_arguments(args))
-    print(args.mode, "norms set to 1, routers scaled:", engine.llm.collective_rpc(make_realistic), flush=True)
+    print(args.mode, "norms, embeddings and routers changed:", engine.llm.collective_rpc(make_realistic), flush=True)
     print(f"{args.mode}: started in {time.perf_counter() - begun:.0f} s", flush=True)
     if args.mode != "stock":
         print(args.mode, "plans:", *(f"{bucket}: {plan};" for bucket, plan in engine.report()["plans"]), flush=True)
@@ -327,7 +335,7 @@ def run_stage(
         str(result),
     ]
     command += ["--input", str(args.input), "--output", str(args.output), "--repeats", str(args.repeats)]
-    command += ["--target", str(args.target), "--batches", *map(str, args.batches)]
+    command += ["--target", str(args.target), "--modes", *args.modes, "--batches", *map(str, args.batches)]
     environment = {**environment, "TRITON_CACHE_DIR": str(folder / "compiled" / "rank_0_0" / "triton_cache")}
     command += ["--quick"] if args.quick else []
     command += [] if args.profile is None else ["--profile", *map(str, args.profile)]
@@ -371,8 +379,9 @@ def benchmark(
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     args.target = args.target or cutoff
-    kept = None if args.profiles is None else args.profiles / f"{name}-{layers}-{args.target:g}"
-    if not set(args.modes) & set(CALIBRATED):
+    wanted = [mode for mode in CALIBRATED if mode in args.modes]
+    kept = None if args.profiles is None else args.profiles / "-".join([name, str(layers), f"{args.target:g}", *wanted])
+    if not wanted:
         calibrated: Any = {"realised": {}}
     elif kept is not None and kept.is_dir():
         shutil.copytree(kept, folder, dirs_exist_ok=True)
@@ -384,8 +393,8 @@ def benchmark(
         if kept is not None:
             kept.mkdir(parents=True)
             (folder / "calibrated.json").write_text(json.dumps(calibrated))
-            for file in ("paper.json", "routed.json", "calibrated.json"):
-                shutil.copy(folder / file, kept)
+            for file in (*wanted, "calibrated"):
+                shutil.copy(folder / f"{file}.json", kept)
     known = facts()
     stock: dict[str, Any] = {}
     complete = True
