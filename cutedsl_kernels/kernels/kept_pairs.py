@@ -17,20 +17,10 @@ import cutlass
 import cutlass.cute as cute
 
 from .primitives import BF16, F32, I32, I64, U32, activate_gate, transform_up, vector
+from .routing import local_expert
 
 THREADS = 256
 VECTORS = 2  # vectors of 8 columns that a thread of ActivatePairs handles
-
-
-@cute.jit
-def computed_here(expert, expert_map):
-    """Whether a pair's global expert is on this rank: not negative, and the map, if any, sends it to one."""
-    here = expert >= 0
-    if cutlass.const_expr(expert_map is not None):
-        last = cute.size(expert_map) - 1
-        local = expert_map[cutlass.max(cutlass.min(expert, last), I32(0))]
-        here = here and expert <= last and local >= 0
-    return here
 
 
 class ActivatePairs:
@@ -69,7 +59,7 @@ class ActivatePairs:
             if index < vectors:
                 pair = I32(U32(index) // columns)
                 column = (index - pair * columns) * 8
-                if computed_here(topk_ids[pair], expert_map):
+                if local_expert(topk_ids[pair], expert_map) >= 0:
                     target[i] = I64(pair) * self.I + column
                     source = I64(pair) * (2 * self.I) + column
                     cute.autovec_copy(vector(gate_up.iterator, source), gate[None, i])
@@ -116,7 +106,7 @@ class SumPairs:
             values = cute.make_rmem_tensor((8, self.top_k), BF16)
             values.fill(0.0)
             for j in cutlass.range_constexpr(self.top_k):
-                if computed_here(topk_ids[token, j], expert_map):
+                if local_expert(topk_ids[token, j], expert_map) >= 0:
                     row = (I64(token) * self.top_k + j) * self.H + column
                     cute.autovec_copy(vector(pairs.iterator, row), values[None, j])
             rounded = cute.make_rmem_tensor((8,), BF16)

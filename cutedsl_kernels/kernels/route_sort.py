@@ -19,6 +19,7 @@ import cutlass.cute as cute
 
 from .compaction import inclusive_sum, same_in_warp
 from .primitives import BF16, F32, I32, U32, SmemAllocator, vector
+from .routing import local_expert
 from .staged_common import StagedSpec
 
 HELPER_CTAS = 64
@@ -98,12 +99,8 @@ class RouteSort:
             pair = cutlass.min(begin + (step + i) * 32 + lane, num_pairs - 1)
             out[i] = I32(ids[pair])
             weights[i] = routing[pair]
-        if cutlass.const_expr(self.spec.has_expert_map):
-            last = cute.size(expert_map) - 1
-            for i in cutlass.range_constexpr(BATCH):
-                known = out[i] >= 0 and out[i] <= last
-                local = I32(expert_map[cutlass.max(cutlass.min(out[i], last), I32(0))])
-                out[i] = local if known else I32(-1)
+        for i in cutlass.range_constexpr(BATCH):
+            out[i] = local_expert(out[i], expert_map if self.spec.has_expert_map else None)
         for i in cutlass.range_constexpr(BATCH):
             inside = begin + (step + i) * 32 + lane < num_pairs and step + i < steps
             here = out[i] >= 0 and out[i] < experts and inside and not (weights[i] < pair_threshold)

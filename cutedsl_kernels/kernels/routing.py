@@ -19,6 +19,20 @@ from .primitives import I32, U32, vector
 LANE_PAIRS = 4  # pairs that one lane looks at at a time
 
 
+@cute.jit
+def local_expert(expert, expert_map):
+    """The expert of this rank that a global id stands for, or -1; without a map (None) the id itself, whatever it is.
+
+    No branch around the look-up: several of them can be under way at once.
+    """
+    local = I32(expert)
+    if cutlass.const_expr(expert_map is not None):
+        last = cute.size(expert_map) - 1
+        found = I32(expert_map[cutlass.max(cutlass.min(expert, last), I32(0))])
+        local = found if expert >= 0 and expert <= last else I32(-1)
+    return local
+
+
 class PairTable:
     """Shared-memory view of the batch's pairs. Constructed inside the kernel; all methods are called by whole warps.
 
@@ -83,12 +97,8 @@ class PairTable:
         """The local expert that computes a pair, or -1."""
         num_pairs = cute.size(topk_ids)
         expert = cute.make_tensor(topk_ids.iterator, cute.make_layout((num_pairs,)))[pair]
+        expert = local_expert(expert, expert_map if self.has_expert_map else None)
         weight = cute.make_tensor(topk_weights.iterator, cute.make_layout((num_pairs,)))[pair]
-        if cutlass.const_expr(self.has_expert_map):
-            local = I32(-1)
-            if expert >= 0 and expert < cute.size(expert_map):
-                local = expert_map[expert]
-            expert = local
         valid = expert >= 0 and expert < self.num_experts and not (weight < pair_threshold)
         return expert if valid else I32(-1)
 
