@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from . import compat
-from .state import LayerState
+from .state import LayerState, supports_kernels
 
 
 def dense_runs(state: LayerState) -> bool:
@@ -70,7 +70,9 @@ def run_dense(
     # tokens with 35 % skipped (E=256, H=2048, I=512, H100, 2026-11-27).
     computed = max(1, round(num_tokens * (1 - state.expected_pair_skip)))
     config = triton.config(weights.w13.shape, w2.shape, top_k, computed)
-    wide = computed * top_k >= WIDE_PAIRS * global_num_experts and triton.has_default_config(w2.shape)
+    # Such tiles take 192 KB of shared memory in bf16, which an sm_90 GPU has.
+    many = computed * top_k >= WIDE_PAIRS * global_num_experts
+    wide = many and supports_kernels(weights) and triton.has_default_config(w2.shape)
     kernels = state.pair_kernels if top_k == state.top_k else None
     few = expert_map is None and num_tokens * top_k * 4 <= global_num_experts
     num_ids = global_num_experts

@@ -140,16 +140,17 @@ def test_the_second_product_reads_wide_tiles_and_keeps_the_order_of_pairs() -> N
 
 
 @pytest.mark.parametrize(
-    ("num_tokens", "skip", "tuned", "sizes"),
+    ("num_tokens", "skip", "tuned", "hopper", "width"),
     [
-        (1024, 0.0, False, (256, 256)),
-        (1023, 0.0, False, (128, 128)),  # fewer than 128 pairs an expert
-        (1200, 0.2, False, (128, 128)),  # as few, of those that are left
-        (1024, 0.0, True, (128, 128)),
+        (1024, 0.0, False, True, 256),
+        (1023, 0.0, False, True, 128),  # fewer than 128 pairs an expert
+        (1200, 0.2, False, True, 128),  # as few, of those that are left
+        (1024, 0.0, True, True, 128),
+        (1024, 0.0, False, False, 128),  # an A100 has too little shared memory
     ],
 )
 def test_wide_tiles_where_vllm_has_tuned_nothing(
-    num_tokens: int, skip: float, tuned: bool, sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    num_tokens: int, skip: float, tuned: bool, hopper: bool, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from cutedsl_kernels.integration.vllm import dense
     from cutedsl_kernels.integration.vllm.state import LayerState
@@ -166,12 +167,13 @@ def test_wide_tiles_where_vllm_has_tuned_nothing(
         sum=lambda *arguments: None,
     )
     monkeypatch.setattr(dense.compat, "triton_experts", lambda: pieces)
+    monkeypatch.setattr(dense, "supports_kernels", lambda weights: hopper)
     case = random_problem(0, num_tokens=num_tokens, num_experts=8, top_k=1, hidden_size=256, intermediate_size=128)
     state = LayerState("layer", case.weights, 1, case.activation, False, case.thresholds)
     state.rho, state.pair_skip = 1e-9 * skip, skip
     dense.run_dense(state, case.hidden_states, case.topk_weights, case.topk_ids, None, 8)
-    assert tuple(config["BLOCK_SIZE_N"] for config in seen) == sizes
-    assert all(config["num_stages"] == (4 if config["BLOCK_SIZE_N"] == 256 else 3) for config in seen)
+    expected = {**default, "BLOCK_SIZE_N": width, "num_stages": 4 if width == 256 else 3}
+    assert seen == [expected, expected]
 
 
 def test_a_bias_is_not_scaled_with_the_input(seed: int) -> None:
