@@ -102,7 +102,7 @@ def sparse_moe_cuda(
         threshold_table(thresholds, shape, device),
         ids,
         _plain(topk_weights, torch.float32),
-        ids.view(-1) if expert_map is None else _plain(expert_map, torch.int32),  # without a map: never read
+        ids.view(-1) if expert_map is None else _map(expert_map),  # without a map: never read
         *biases,
     )
     if isinstance(config, StagedConfig):
@@ -222,6 +222,11 @@ def _is_hopper(device: torch.device) -> bool:
 def _plain(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """``tensor`` as a contiguous one of ``dtype``; itself if it is."""
     return tensor.to(dtype).contiguous()
+
+
+def _map(expert_map: torch.Tensor) -> torch.Tensor:
+    """``expert_map`` as the kernels take it: int32, and never empty, since they look up the nearest entry of any id."""
+    return _plain(expert_map if expert_map.numel() > 0 else expert_map.new_full((1,), -1), torch.int32)
 
 
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:

@@ -129,7 +129,7 @@ def relay_rows(w2: torch.Tensor) -> torch.Tensor:
     experts, a, b = w2.shape
     rows = w2.view(experts, b, a)
     for e in range(experts):
-        rows[e].copy_(w2[e].t().contiguous())
+        rows[e].copy_(w2[e].t().clone(memory_format=torch.contiguous_format))
     return rows
 
 

@@ -72,6 +72,7 @@ def kernel_of(spec: KernelSpec) -> Callable[..., None]:
             torch.int32,
         ]
         assert tau.shape == (w13.shape[0], w2_rows.shape[1])
+        assert expert_map.numel() > 0  # the kernels look up one entry whatever the id
         sparse_moe_ref(
             x,
             ExpertWeights(w13, w2_rows, w13_bias, w2_bias),
@@ -166,6 +167,13 @@ def test_awkward_tensors_are_brought_into_shape(compiled: list[KernelSpec], seed
     assert case.hidden_states.data_ptr() % 16
     assert not case.topk_ids.is_contiguous()
     check_close(sparse_moe_cuda(**case.arguments, plan=plan), case)
+
+
+@pytest.mark.parametrize("plan", [FUSED, STAGED, DENSE], ids=lambda plan: plan.kind)
+def test_an_empty_expert_map_knows_no_expert(compiled: list[KernelSpec], seed: int, plan: Plan) -> None:
+    case = problem(seed)
+    empty = torch.zeros(0, dtype=torch.int64)
+    assert not sparse_moe_cuda(**{**case.arguments, "expert_map": empty}, plan=plan).any()
 
 
 @pytest.mark.parametrize("plan", [FUSED, STAGED, DENSE], ids=lambda plan: plan.kind)

@@ -31,6 +31,13 @@ def test_down_rows_are_the_columns_of_w2(dtype: torch.dtype, seed: int) -> None:
     assert weights.shape(2) == MoEShape(E, 2, H, I)
 
 
+@pytest.mark.parametrize(("inter", "hidden"), [(1, H), (I, 1), (1, 1)])
+def test_one_neuron_or_one_column_is_its_own_transpose(inter: int, hidden: int) -> None:
+    w13, w2 = torch.randn(E, 2 * inter, hidden), torch.randn(E, hidden, inter)
+    before = w2.clone()
+    assert torch.equal(ExpertWeights.from_w13_w2(w13, w2).w2_rows, before.transpose(1, 2))
+
+
 def test_overwriting_keeps_the_addresses() -> None:
     old, new = ExpertWeights.from_w13_w2(*raw(torch.float32)), ExpertWeights.from_w13_w2(*raw(torch.float32))
     place = old.w2_rows.data_ptr()

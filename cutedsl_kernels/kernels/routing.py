@@ -23,7 +23,7 @@ LANE_PAIRS = 4  # pairs that one lane looks at at a time
 def local_expert(expert, expert_map):
     """The expert of this rank that a global id stands for, or -1; without a map (None) the id itself, whatever it is.
 
-    No branch around the look-up: several of them can be under way at once.
+    No branch around the look-up, so that several can be under way at once: the map has at least one entry.
     """
     local = I32(expert)
     if cutlass.const_expr(expert_map is not None):
