@@ -5,6 +5,8 @@ On an sm_90 GPU with vLLM, tests/gpu/test_vllm_dense.py runs the same layers thr
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -174,6 +176,27 @@ def test_wide_tiles_where_vllm_has_tuned_nothing(
     dense.run_dense(state, case.hidden_states, case.topk_weights, case.topk_ids, None, 8)
     expected = {**default, "BLOCK_SIZE_N": width, "num_stages": 4 if width == 256 else 3}
     assert seen == [expected, expected]
+
+
+def test_whether_vllm_has_tuned_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against vLLM itself: its default, an override, and a file of the user's."""
+    from cutedsl_kernels.integration.vllm import compat
+    from vllm.model_executor.layers.fused_moe import fused_moe, override_config
+
+    triton, w13, w2 = compat.triton_experts(), torch.Size((7, 192, 128)), torch.Size((7, 128, 96))
+    sizes = {"BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 32}
+    assert triton.has_default_config(w2)
+    with override_config(sizes):
+        assert not triton.has_default_config(w2)
+        assert triton.config(w13, w2, 2, 9) == sizes
+    (tmp_path / fused_moe.get_config_file_name(7, 96, None)).write_text(json.dumps({"1": sizes}))
+    monkeypatch.setenv("VLLM_TUNED_CONFIG_FOLDER", str(tmp_path))
+    fused_moe.get_moe_configs.cache_clear()
+    try:
+        assert not triton.has_default_config(w2)
+        assert triton.config(w13, w2, 2, 9) == sizes
+    finally:
+        fused_moe.get_moe_configs.cache_clear()
 
 
 def test_a_bias_is_not_scaled_with_the_input(seed: int) -> None:
