@@ -28,7 +28,7 @@ from cutedsl_kernels.kernels.primitives import BF16, I32, I64, SmemAllocator
 
 PAD = 8  # elements between two rows in shared memory, as in the kernels
 POLICIES = ("none", "evict_first", "evict_unchanged")
-ORDERS = ("in order", "tiles of 16", "single rows")
+ORDERS = ("in order", "in turn", "tiles of 16", "single rows")  # "in turn": neighbouring rows by neighbouring CTAs
 CALLS, REPLAYS = 8, 12
 
 
@@ -66,6 +66,7 @@ class ReadRows:
         first, end = I32(I64(rows) * cta // num_ctas), I32(I64(rows) * (cta + 1) // num_ctas)
         total, stage, phase = I32(0), I32(0), I32(0)
         words = cute.make_tensor(cute.recast_ptr(ring.iterator, dtype=I32), cute.make_layout((cute.size(ring) // 2,)))
+        row = I32(order[cutlass.min(first + lane, rows - 1)])
         for start in cutlass.range(first, end, self.stage_rows, unroll=1):
             count = cutlass.min(I32(self.stage_rows), end - start)
             place = stage * self.stage_rows + lane
@@ -75,8 +76,8 @@ class ReadRows:
                     cute.arch.mbarrier_arrive_and_expect_tx(full + stage, count * (2 * self.H))
                 cute.arch.sync_warp()
                 if lane < count:
-                    source = weights.iterator + I64(order[start + lane]) * self.H
-                    self.copy(source, ring.iterator + place * pitch, full + stage)
+                    self.copy(weights.iterator + I64(row) * self.H, ring.iterator + place * pitch, full + stage)
+                row = I32(order[cutlass.min(start + self.stage_rows + lane, rows - 1)])  # there when a stage is free
             else:
                 cute.arch.mbarrier_wait(full + stage, phase)
                 if lane < count:
@@ -104,8 +105,10 @@ class ReadRows:
             cute.arch.inline_ptx(f"{{ .reg .b64 p; {make} {hinted} }}", read_only_args=arguments)
 
 
-def order_of(kind: str, rows: int, generator: torch.Generator) -> torch.Tensor:
+def order_of(kind: str, rows: int, num_ctas: int, generator: torch.Generator) -> torch.Tensor:
     """``rows`` row numbers, each once."""
+    if kind == "in turn":
+        return torch.cat([torch.arange(cta, rows, num_ctas) for cta in range(num_ctas)]).int()
     group = {"in order": rows, "tiles of 16": 16, "single rows": 1}[kind]
     starts = torch.randperm(rows // group, generator=generator) * group
     return (starts[:, None] + torch.arange(group)).flatten().int()
@@ -130,7 +133,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--rows", nargs="+", default=["8x2", "8x4", "8x6", "16x2", "16x3", "4x8"])
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
-    parser.add_argument("--megabytes", type=int, default=512, help="read by one launch (default 512)")
+    parser.add_argument("--megabytes", type=int, default=1024, help="read by one launch (default 1024)")
     options = parser.parse_args()
     rows = options.megabytes * 2**20 // (2 * options.hidden) // 16 * 16
     generator = torch.Generator().manual_seed(0)
@@ -139,8 +142,11 @@ def main() -> None:
     copy = copy_bandwidth("cuda")
     print(f"{torch.cuda.get_device_name()}, copy {copy:.0f} GB/s, {options.megabytes} MB a launch", flush=True)
     num_ctas = torch.cuda.get_device_properties(0).multi_processor_count
-    orders = {kind: order_of(kind, rows, generator).cuda() for kind in ORDERS}
+    orders = {kind: order_of(kind, rows, num_ctas, generator).cuda() for kind in ORDERS}
     outs = [torch.empty(num_ctas, 32, dtype=torch.int32, device="cuda") for _ in range(CALLS)]
+    sums = prepare([lambda number=number: weights[number].sum(dtype=torch.int64) for number in range(CALLS)], "cuda")
+    gbps = rows * 2 * options.hidden / sums.measure(REPLAYS).median_us / 1e3
+    print(f"torch's sum of the same numbers {gbps:.0f} GB/s  {gbps / copy:.1%} of a copy", flush=True)
     for ring, policy in itertools.product(options.rows, options.policies):
         stage_rows, stages = map(int, ring.split("x"))
         reader = ReadRows(options.hidden, stage_rows, stages, policy)

@@ -17,6 +17,9 @@ except ImportError:
 
 BF16, F32, I32, U32, I64 = cutlass.BFloat16, cutlass.Float32, cutlass.Int32, cutlass.Uint32, cutlass.Int64
 LOG2_E = 1.4426950408889634
+# Weights are read once in a launch. L2 evicts them before all else, so that the sums, which every CTA adds to, are not
+# written to memory in between: 1 to 3 % of a launch (docs/kernels-fused.md).
+EVICT_FIRST = ".reg .b64 policy; createpolicy.fractional.L2::evict_first.b64 policy, 1.0;"
 
 __all__ = [
     "BF16",
@@ -26,6 +29,7 @@ __all__ = [
     "U32",
     "SmemAllocator",
     "activate_gate",
+    "async_copy",
     "bulk_row_copy",
     "load_matrices",
     "mma_16x8x8",
@@ -45,10 +49,21 @@ def bulk_row_copy(source, target, nbytes, barrier):
     """This lane's cp.async.bulk of ``nbytes`` (a multiple of 16), global to shared memory, completing on ``barrier``.
 
     Written as PTX because the copy atom of CuTe DSL 4.6 elects one lane of the warp, and that of later releases none.
+    For weights: L2 evicts first what it brings (EVICT_FIRST).
     """
+    copy = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
     cute.arch.inline_ptx(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [{$r0}], [{$r1}], {$r2}, [{$r3}];",
+        f"{{ {EVICT_FIRST} {copy} [{{$r0}}], [{{$r1}}], {{$r2}}, [{{$r3}}], policy; }}",
         read_only_args=[target.toint(), source.toint(), I32(nbytes), barrier.toint()],
+    )
+
+
+def async_copy(source, target, weights: bool):
+    """This thread's cp.async of 16 bytes, global to shared memory, past L1; EVICT_FIRST for weights."""
+    policy, copy, hint = (EVICT_FIRST, ".L2::cache_hint", ", policy") if weights else ("", "", "")
+    cute.arch.inline_ptx(
+        f"{{ {policy} cp.async.cg.shared.global{copy} [{{$r0}}], [{{$r1}}], 16{hint}; }}",
+        read_only_args=[target.toint(), source.toint()],
     )
 
 

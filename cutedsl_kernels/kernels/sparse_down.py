@@ -177,11 +177,11 @@ class SparseDown:
     @cute.jit
     def load_tile(self, lines, offset, weights, rows, hidden, b_rows, tile):
         spec = self.spec
-        self.ring.load_lines(lines, offset, weights, rows, 4, spec.hidden_size, self.ring.atoms, ROWS, True)
+        self.ring.load_lines(lines, offset, weights, rows, 4, spec.hidden_size, self.ring.atoms, ROWS, True, True)
         source = hidden + cute.assume(tile * ROWS, divby=LINE)
         offset_b = offset + self.ring.a_size
         self.ring.load_lines(
-            lines, offset_b, source, b_rows, self.ring.b_loads, spec.capacity, 1, spec.token_block, False
+            lines, offset_b, source, b_rows, self.ring.b_loads, spec.capacity, 1, spec.token_block, False, False
         )
 
     @cute.jit

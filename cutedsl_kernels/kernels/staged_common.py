@@ -25,11 +25,11 @@ from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
+from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 from cutlass.utils import hopper_helpers
 
 from ..configs import StagedConfig
-from .primitives import BF16, F32, I32, U32, load_matrices, mma_16x8x16, vector
+from .primitives import BF16, F32, I32, U32, async_copy, load_matrices, mma_16x8x16, vector
 
 THREADS = 128  # one warp group
 ROWS = 64  # rows of one block of weights: the M of wgmma
@@ -182,24 +182,20 @@ class TileRing:
         atoms: cutlass.Constexpr,
         lines: cutlass.Constexpr,
         zero_fill: cutlass.Constexpr,
+        weights: cutlass.Constexpr,
     ):
         """cp.async of ``count`` lines of this thread, ``atoms`` consecutive lines of 64 elements of each row.
 
         offset: where in the ring, this thread's place included. source: address of row 0, this thread's chunk and the
         position along k included. rows: row index per line; negative: skipped, or zeroed with ``zero_fill``. pitch:
-        elements from row to row. lines: lines of the whole operand, the distance from atom to atom.
+        elements from row to row. lines: lines of the whole operand, the distance from atom to atom. weights: see
+        primitives.async_copy.
         """
-        copy = cute.make_copy_atom(
-            cpasync.CopyG2SOp(cache_mode=cute.nvgpu.LoadCacheMode.GLOBAL), BF16, num_bits_per_copy=128
-        )
         for i in cutlass.range_constexpr(count):
             if rows[i] >= 0:
                 for k in cutlass.range_constexpr(atoms):
-                    cute.copy(
-                        copy,
-                        vector(source, rows[i] * pitch + k * LINE),
-                        vector(ring.iterator, offset + (i * self.line_step + k * lines) * LINE),
-                    )
+                    target = ring.iterator + (offset + (i * self.line_step + k * lines) * LINE)
+                    async_copy(source + (rows[i] * pitch + k * LINE), target, weights)
             elif cutlass.const_expr(zero_fill):
                 zero = cute.make_rmem_tensor((8,), BF16)
                 zero.fill(0.0)
@@ -269,9 +265,9 @@ class TileRing:
         """One tile of a row-major ring: the weight rows and token_block token rows from k on."""
         a = source_a + cute.assume(k, divby=LINE)
         b = source_b + cute.assume(k, divby=LINE)
-        self.load_lines(ring, offset, a, a_rows, 4, depth, self.atoms, self.lines, False)
+        self.load_lines(ring, offset, a, a_rows, 4, depth, self.atoms, self.lines, False, True)
         offset_b = offset + self.a_size
-        self.load_lines(ring, offset_b, b, b_rows, self.b_loads, depth, self.atoms, self.token_block, False)
+        self.load_lines(ring, offset_b, b, b_rows, self.b_loads, depth, self.atoms, self.token_block, False, False)
 
     # ---- multiplying
 

@@ -13,7 +13,9 @@ pytestmark = pytest.mark.execute
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
 
-@pytest.mark.parametrize(("policy", "order"), [("none", "in order"), ("evict_first", "single rows")])
+@pytest.mark.parametrize(
+    ("policy", "order"), [("none", "in order"), ("none", "in turn"), ("evict_first", "single rows")]
+)
 def test_every_row_is_read_once(run_ptx, monkeypatch: pytest.MonkeyPatch, policy: str, order: str) -> None:
     monkeypatch.setenv("CUTE_DSL_ARCH", "sm_90a")
     monkeypatch.syspath_prepend(str(TOOLS))
@@ -24,7 +26,7 @@ def test_every_row_is_read_once(run_ptx, monkeypatch: pytest.MonkeyPatch, policy
 
     hidden_size, rows = 256, 100
     words = torch.randint(-1000, 1000, (rows, hidden_size // 2), dtype=torch.int32)
-    numbers = gpu_read_bandwidth.order_of(order, rows, torch.Generator().manual_seed(1))
+    numbers = gpu_read_bandwidth.order_of(order, rows, 3, torch.Generator().manual_seed(1))
     assert numbers.sort().values.equal(torch.arange(rows, dtype=torch.int32))
     weights, out = words.view(torch.bfloat16), torch.zeros(3, 32, dtype=torch.int32)
     reader = gpu_read_bandwidth.ReadRows(hidden_size, stage_rows=8, stages=2, policy=policy)
