@@ -86,8 +86,8 @@ class FusedConfig:
         rings = rows * (2 * hidden_size + ROW_PAD)
         sums = 4 * TOKEN_BLOCK * (self.gate_warps * self.tile_neurons + self.updown_warps * 8)
         queue = LIST_QUEUE * self.tile_neurons * (4 * TOKEN_BLOCK + 4)
-        tokens = 8 * TOKEN_BLOCK * (self.num_threads // 32)
-        table = 2 * (self.max_pairs + max_blocks(self.max_pairs, num_experts)) + 4 * (num_experts + 1)
+        tokens = (8 * TOKEN_BLOCK + 4) * (self.num_threads // 32)  # and a partial sum of the table's
+        table = 2 * (self.max_pairs + max_blocks(self.max_pairs, num_experts)) + 4 * (num_experts + 2)
         return rings + sums + queue + tokens + table + 1024
 
 

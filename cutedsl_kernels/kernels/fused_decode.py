@@ -3,8 +3,9 @@
 Work and order
 --------------
 A *block* is up to 8 pairs (tokens) of one expert; an *item* is one block times one tile of ``tile_neurons`` neurons.
-Items are numbered block by block, and CTA c of a persistent grid (one CTA per SM) takes an equal, contiguous share of
-them: tiles of one block mostly stay on one CTA, which then adds to the output once per block instead of once per tile.
+Items are numbered block by block, and CTA c of a persistent grid (one CTA per SM) takes a contiguous share of them, as
+much work as any other (routing.py): tiles of one block mostly stay on one CTA, which then adds to the output once per
+block instead of once per tile.
 
 One CTA, four roles that run side by side and meet only at mbarriers. Each group of warps takes its own share of the
 registers (setmaxnreg):
@@ -91,7 +92,6 @@ class FusedDecode(TokenSums):
         self.H, self.I, self.E, self.top_k = hidden_size, intermediate_size, num_experts, top_k
         self.config, self.activation = config, activation
         self.router_weighted, self.weight_on_input, self.has_bias = router_weighted, weight_on_input, has_bias
-        self.table = PairTable(num_experts, top_k, config.max_pairs, TOKENS, has_expert_map)
         self.NT = config.tile_neurons
         self.tiles = -(-intermediate_size // self.NT)
         # A neuron in the queue's lists; its up bias beside it takes no more shared memory than a kernel without has.
@@ -105,6 +105,7 @@ class FusedDecode(TokenSums):
         self.row_stages, self.chunk = config.row_stages, config.chunk_rows
         self.warps = self.gate_warps + self.row_warps + 4
         self.threads = 32 * self.warps
+        self.table = PairTable(num_experts, top_k, config.max_pairs, TOKENS, self.tiles, self.threads, has_expert_map)
         self.units = hidden_size // 32  # one ldmatrix.x4 of x covers 32 columns
         self.gate_units = -(-self.units // self.gate_warps)
         self.row_units = -(-self.units // self.row_warps)
@@ -196,7 +197,8 @@ class FusedDecode(TokenSums):
         complete = smem.allocate_tensor(I32, cute.make_layout((TOKENS,)), 16)
         all_tokens = self.matrix(smem, I32, self.warps, TOKENS)
         all_weights = self.matrix(smem, F32, self.warps, TOKENS)
-        pair_expert, first_block, block_expert = self.table.allocate(smem)
+        table = self.table.allocate(smem)
+        pair_expert, _, block_expert, share, _ = table
         up_biases = None  # of the neurons in the queue's lists
         if cutlass.const_expr(self.has_bias):
             up_biases = self.matrix(smem, BF16, LIST_QUEUE, self.NT)
@@ -219,12 +221,10 @@ class FusedDecode(TokenSums):
                 cute.arch.mbarrier_init(list_full + s, self.gate_warps * self.warp_arrivals)
                 cute.arch.mbarrier_init(list_empty + s, (self.row_warps + 1) * self.warp_arrivals)
             cute.arch.mbarrier_init_fence()
-        table = (pair_expert, first_block, block_expert)
-        self.table.build(topk_ids, topk_weights, expert_map, pair_threshold, *table, thread, self.threads)
+        self.table.build(topk_ids, topk_weights, expert_map, pair_threshold, table, thread)
         cute.arch.griddepcontrol_launch_dependents()
 
-        items = first_block[self.E] * self.tiles
-        share = (self.first_item(items, cta, num_ctas), self.first_item(items, cta + 1, num_ctas))
+        share = (share[0], share[1])
         tokens = cute.make_tensor(all_tokens.iterator + warp * TOKENS, cute.make_layout((TOKENS,)))
         weights = cute.make_tensor(all_weights.iterator + warp * TOKENS, cute.make_layout((TOKENS,)))
         block_of = (num_pairs, topk_weights, table, tokens, weights, lane)
@@ -258,12 +258,6 @@ class FusedDecode(TokenSums):
         return smem.allocate_tensor(dtype, cute.make_layout((rows, columns), stride=(columns, 1)), 128)
 
     @cute.jit
-    def first_item(self, items, cta, num_ctas):
-        """Where the share of a CTA begins, items * cta / num_ctas; in fp32, which is faster, and alike in all CTAs."""
-        first = I32(F32(items) * F32(cta) * cute.arch.rcp_approx(F32(num_ctas)))
-        return items if cta == num_ctas else cutlass.min(first, items)
-
-    @cute.jit
     def locate(self, item):
         """(block, tile) of an item."""
         block = I32(U32(item) // self.tiles)
@@ -272,7 +266,8 @@ class FusedDecode(TokenSums):
     @cute.jit
     def enter_block(self, block, block_of, with_weights: cutlass.Constexpr):
         """Fills this warp's tokens and, if asked, weights; returns the expert and the number of pairs in the block."""
-        num_pairs, topk_weights, (pair_expert, first_block, block_expert), tokens, weights, lane = block_of
+        num_pairs, topk_weights, table, tokens, weights, lane = block_of
+        pair_expert, first_block, block_expert = table[:3]
         expert = I32(block_expert[block])
         rank = (block - first_block[expert]) * TOKENS
         return expert, self.table.pairs_of_block(

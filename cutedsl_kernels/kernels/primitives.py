@@ -15,7 +15,8 @@ try:
 except ImportError:
     from cutlass.utils import SmemAllocator
 
-BF16, F32, I32, U32, I64 = cutlass.BFloat16, cutlass.Float32, cutlass.Int32, cutlass.Uint32, cutlass.Int64
+BF16, F32, I32, U32 = cutlass.BFloat16, cutlass.Float32, cutlass.Int32, cutlass.Uint32
+I64, U64 = cutlass.Int64, cutlass.Uint64
 LOG2_E = 1.4426950408889634
 # Weights are read once in a launch. L2 evicts them before all else, so that the sums, which every CTA adds to, are not
 # written to memory in between: 1 to 3 % of a launch (docs/kernels-fused.md).
@@ -27,6 +28,7 @@ __all__ = [
     "I32",
     "I64",
     "U32",
+    "U64",
     "SmemAllocator",
     "activate_gate",
     "async_copy",
