@@ -197,7 +197,8 @@ def readme_text(rows: Sequence[Mapping[str, str]]) -> str:
 def readme_table(rows: Sequence[Mapping[str, str]]) -> str:
     """Markdown: microseconds dense and sparse for each number of tokens, one pair of columns for each case."""
     model, cases = readme_cases(rows)
-    row = next(row for row in rows if row["model"] == model)
+    sources = sorted((one.source for points in cases.values() for one in points), key=lambda row: row["date"])
+    row, dates = sources[-1], [sources[0]["date"][:10], sources[-1]["date"][:10]]
     by_tokens: dict[int, dict[Case, Measured]] = {}
     for case, points in cases.items():
         for one in points:
@@ -213,7 +214,7 @@ def readme_table(rows: Sequence[Mapping[str, str]]) -> str:
         f"One MoE layer of {model} on {row['gpu']}, bf16, random weights, uniform routing, independent masks;",
         f"medians, {how}. The columns after dense: share of inactive neurons. Dense is {some.baseline}, measured in",
         'the same run; "of a copy" compares the bytes that had to be read with a copy. '
-        f"{row['date'][:10]}{driver}, {versions}.",
+        f"{' to '.join(dict.fromkeys(dates))}{driver}, {versions}.",
         "",
         "| " + " | ".join(head) + " |",
         "|" + "---:|" * (2 + 3 * len(cases)),

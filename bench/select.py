@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cutedsl_kernels import MoEShape
 from cutedsl_kernels.cost_model import dense_bytes, layer_bytes
@@ -38,6 +38,7 @@ class Measured:
     copy_share: float
     baseline: str
     baseline_us: float
+    source: Mapping[str, str] = field(repr=False, compare=False)  # the row itself
 
     @property
     def ratio(self) -> float:
@@ -73,6 +74,7 @@ def measured(
             float(row["copy_share"]),
             row["baseline"],
             float(row["baseline_us"]),
+            row,
         )
         level = CHOICES.index(row["choice"])
         rank = (level, 0.0, row["date"]) if level else (0, -one.us, "")

@@ -230,12 +230,12 @@ def supervise(command: Sequence[str], budget_s: float, stall_s: float, journal: 
         if code == WORKER_OUT_OF_TIME:
             print("budget spent: run the same command again to go on")
             return 1 if lost else 0
+        if time.monotonic() >= deadline:
+            continue
         step = journal.open_step()
         if step is None:
             print(f"worker ended with code {code} outside any step: giving up", file=sys.stderr)
             return 3
-        if time.monotonic() >= deadline:
-            continue
         lost += 1
         journal.write("left out", step, f"worker ended with code {code}")
         print(f"LEFT OUT {step}: worker ended with code {code}", flush=True)

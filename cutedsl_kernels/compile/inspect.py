@@ -38,7 +38,7 @@ _FUNCTION = re.compile(r"^\.text\.(\S+):")
 @dataclass(frozen=True)
 class KernelFacts:
     """One kernel of a spec. registers: per thread; smem: bytes of a CTA; instructions: SASS mnemonic -> occurrences;
-    early_arrivals: see early_arrivals."""
+    early_arrivals, split_addresses: see the functions."""
 
     spec: KernelSpec
     kernel: str
@@ -47,6 +47,7 @@ class KernelFacts:
     smem: int
     instructions: Counter[str]
     early_arrivals: int
+    split_addresses: int
 
     @property
     def register_limit(self) -> int:
@@ -69,13 +70,21 @@ def inspect_kernels(spec: KernelSpec) -> list[KernelFacts]:
     """Compiles ``spec`` (the cache is left alone) and reads its kernels, in the order of their first launch."""
     listing = compile_listing(spec)
     sass = _sass(listing.cubin)
-    registers, instructions, early = _registers(listing.cubin), _instructions(sass), early_arrivals(sass)
+    registers, instructions = _registers(listing.cubin), _instructions(sass)
+    early, split = early_arrivals(sass), split_addresses(sass)
     launches = dict(_launches(listing.host))
     if set(launches) != set(registers):
         raise RuntimeError(f"{spec.name}: launched {sorted(launches)}, but the cubin holds {sorted(registers)}")
     return [
         KernelFacts(
-            spec, _short(spec, name, len(launches)), threads, registers[name], smem, instructions[name], early[name]
+            spec,
+            _short(spec, name, len(launches)),
+            threads,
+            registers[name],
+            smem,
+            instructions[name],
+            early[name],
+            split[name],
         )
         for name, (threads, smem) in launches.items()
     ]
@@ -165,6 +174,18 @@ def early_arrivals(sass: str) -> dict[str, int]:
                     width = widths[i] if i < len(widths) else 1
                     pending -= {n + j for n in numbers for j in range(width)}
     return found
+
+
+def split_addresses(sass: str) -> Counter[str]:
+    """Asynchronous copies of each kernel whose shared address has a uniform register in it.
+
+    With an L2 policy a GPU refuses them (kernels.primitives.in_vector_register).
+    """
+    return Counter(
+        kernel
+        for kernel, name, operands in _listed(sass)
+        if name.startswith("LDGSTS") and re.search(r"\+UR\d", operands.split(",")[0])
+    )
 
 
 def _instructions(sass: str) -> dict[str, Counter[str]]:

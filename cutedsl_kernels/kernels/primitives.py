@@ -33,6 +33,7 @@ __all__ = [
     "activate_gate",
     "async_copy",
     "bulk_row_copy",
+    "in_vector_register",
     "load_matrices",
     "mma_16x8x8",
     "mma_16x8x16",
@@ -61,12 +62,25 @@ def bulk_row_copy(source, target, nbytes, barrier):
 
 
 def async_copy(source, target, weights: bool):
-    """This thread's cp.async of 16 bytes, global to shared memory, past L1; EVICT_FIRST for weights."""
+    """This thread's cp.async of 16 bytes, global to shared memory, past L1; EVICT_FIRST for weights.
+
+    ``target``: a shared address in bytes, made from what in_vector_register returned.
+    """
     policy, copy, hint = (EVICT_FIRST, ".L2::cache_hint", ", policy") if weights else ("", "", "")
     cute.arch.inline_ptx(
         f"{{ {policy} cp.async.cg.shared.global{copy} [{{$r0}}], [{{$r1}}], 16{hint}; }}",
-        read_only_args=[target.toint(), source.toint()],
+        read_only_args=[target, source.toint()],
     )
+
+
+def in_vector_register(address):
+    """``address`` again, through a shuffle of every lane with itself; by all lanes of the warp.
+
+    The assembler makes what is uniform in a shared address an operand of its own. In a cp.async with an L2 policy that
+    is an instruction that no GPU takes (cudaErrorIllegalInstruction on an H200, blocks of 64 tokens, CuTe DSL 4.8.1,
+    2026-11-28). It cannot see through the shuffle. The compile tier looks for such instructions.
+    """
+    return I32(cute.arch.shuffle_sync(address, cute.arch.lane_idx()))
 
 
 def load_matrices(transpose: bool):

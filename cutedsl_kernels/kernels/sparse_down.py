@@ -177,12 +177,12 @@ class SparseDown:
     @cute.jit
     def load_tile(self, lines, offset, weights, rows, hidden, b_rows, tile):
         spec = self.spec
-        self.ring.load_lines(lines, offset, weights, rows, 4, spec.hidden_size, self.ring.atoms, ROWS, True, True)
+        target = self.ring.address(lines, offset)
+        self.ring.load_lines(target, weights, rows, 4, spec.hidden_size, self.ring.atoms, ROWS, True)
+        self.ring.zero_lines(lines, offset, rows)
         source = hidden + cute.assume(tile * ROWS, divby=LINE)
-        offset_b = offset + self.ring.a_size
-        self.ring.load_lines(
-            lines, offset_b, source, b_rows, self.ring.b_loads, spec.capacity, 1, spec.token_block, False, False
-        )
+        target += 2 * self.ring.a_size
+        self.ring.load_lines(target, source, b_rows, self.ring.b_loads, spec.capacity, 1, spec.token_block, False)
 
     @cute.jit
     def write(self, acc, pairs, num_tokens, result, thread):

@@ -29,7 +29,7 @@ from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 from cutlass.utils import hopper_helpers
 
 from ..configs import StagedConfig
-from .primitives import BF16, F32, I32, U32, async_copy, load_matrices, mma_16x8x16, vector
+from .primitives import BF16, F32, I32, U32, async_copy, in_vector_register, load_matrices, mma_16x8x16, vector
 
 THREADS = 128  # one warp group
 ROWS = 64  # rows of one block of weights: the M of wgmma
@@ -170,37 +170,44 @@ class TileRing:
                         offset += (k * self.token_block + i * self.line_step) * LINE
                         cute.autovec_copy(zero, vector(ring.iterator, place + offset))
 
+    def address(self, ring, offset):
+        """Shared address of an element of the ring, for load_lines. By all lanes of the warp."""
+        return in_vector_register(I32(ring.iterator.toint()) + 2 * offset)
+
     @cute.jit
     def load_lines(
         self,
-        ring: cute.Tensor,
-        offset: cutlass.Int32,
+        target: cutlass.Int32,
         source: cute.Pointer,
         rows: cute.Tensor,
         count: cutlass.Constexpr,
         pitch: cutlass.Constexpr,
         atoms: cutlass.Constexpr,
         lines: cutlass.Constexpr,
-        zero_fill: cutlass.Constexpr,
         weights: cutlass.Constexpr,
     ):
         """cp.async of ``count`` lines of this thread, ``atoms`` consecutive lines of 64 elements of each row.
 
-        offset: where in the ring, this thread's place included. source: address of row 0, this thread's chunk and the
-        position along k included. rows: row index per line; negative: skipped, or zeroed with ``zero_fill``. pitch:
-        elements from row to row. lines: lines of the whole operand, the distance from atom to atom. weights: see
-        primitives.async_copy.
+        target: shared address of the first line, this thread's place included. source: address of row 0, this thread's
+        chunk and the position along k included. rows: row index per line; negative: skipped. pitch: elements from row
+        to row. lines: lines of the whole operand, the distance from atom to atom. weights: see primitives.async_copy.
         """
         for i in cutlass.range_constexpr(count):
             if rows[i] >= 0:
                 for k in cutlass.range_constexpr(atoms):
-                    target = ring.iterator + (offset + (i * self.line_step + k * lines) * LINE)
-                    async_copy(source + (rows[i] * pitch + k * LINE), target, weights)
-            elif cutlass.const_expr(zero_fill):
-                zero = cute.make_rmem_tensor((8,), BF16)
-                zero.fill(0.0)
-                for k in cutlass.range_constexpr(atoms):
-                    cute.autovec_copy(zero, vector(ring.iterator, offset + (i * self.line_step + k * lines) * LINE))
+                    line = i * self.line_step + k * lines
+                    async_copy(source + (rows[i] * pitch + k * LINE), target + 2 * LINE * line, weights)
+
+    @cute.jit
+    def zero_lines(self, ring: cute.Tensor, offset: cutlass.Int32, rows: cute.Tensor):
+        """Zeroes this thread's lines of weights whose row is negative; ``offset`` of its first one in the ring."""
+        zero = cute.make_rmem_tensor((8,), BF16)
+        zero.fill(0.0)
+        for i in cutlass.range_constexpr(4):
+            if rows[i] < 0:
+                for k in cutlass.range_constexpr(self.atoms):
+                    line = i * self.line_step + k * self.lines
+                    cute.autovec_copy(zero, vector(ring.iterator, offset + line * LINE))
 
     @cute.jit
     def wait_for_tile(self):
@@ -265,9 +272,10 @@ class TileRing:
         """One tile of a row-major ring: the weight rows and token_block token rows from k on."""
         a = source_a + cute.assume(k, divby=LINE)
         b = source_b + cute.assume(k, divby=LINE)
-        self.load_lines(ring, offset, a, a_rows, 4, depth, self.atoms, self.lines, False, True)
-        offset_b = offset + self.a_size
-        self.load_lines(ring, offset_b, b, b_rows, self.b_loads, depth, self.atoms, self.token_block, False, False)
+        target = self.address(ring, offset)
+        self.load_lines(target, a, a_rows, 4, depth, self.atoms, self.lines, True)
+        target += 2 * self.a_size
+        self.load_lines(target, b, b_rows, self.b_loads, depth, self.atoms, self.token_block, False)
 
     # ---- multiplying
 

@@ -69,6 +69,12 @@ def test_the_budget_ends_a_run_without_blaming_the_step(worker: list[str], tmp_p
     assert journal.open_step() == "c"
 
 
+def test_the_budget_ends_between_two_steps_as_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [sys.executable, "-c", "import time; time.sleep(600)"]
+    assert supervise(command, suite.LEAST_BUDGET_S + 1.5, 600, Journal(tmp_path / "journal")) == 0
+    assert "budget spent" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [(["--only", "nothing"], "names no point of short"), (["--budget-s", "-5"], "--budget-s must be positive")],

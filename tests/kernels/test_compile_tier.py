@@ -39,6 +39,8 @@ def faults(fact: KernelFacts) -> list[str]:
         found.append(f"{fact.local_accesses} loads and stores of local memory")
     if fact.early_arrivals:
         found.append(f"{fact.early_arrivals} arrivals at an mbarrier while an ldmatrix may still be reading")
+    if fact.split_addresses:
+        found.append(f"{fact.split_addresses} asynchronous copies to a shared address with a uniform register")
     if fact.registers > fact.register_limit:
         found.append(f"{fact.registers} registers, {fact.threads} threads can have {fact.register_limit}")
     if fact.smem > SMEM_LIMIT:

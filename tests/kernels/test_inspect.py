@@ -1,10 +1,10 @@
-"""The reading of SASS listings: what counts as an arrival while an ldmatrix may still be reading."""
+"""The reading of SASS listings: arrivals while an ldmatrix may still be reading, addresses with a uniform register."""
 
 from __future__ import annotations
 
 import pytest
 
-from cutedsl_kernels.compile.inspect import early_arrivals
+from cutedsl_kernels.compile.inspect import early_arrivals, split_addresses
 
 pytestmark = pytest.mark.compile
 
@@ -38,3 +38,13 @@ def test_early_arrivals(instructions: tuple[str, ...], found: int) -> None:
 def test_kernels_are_counted_apart() -> None:
     two = listing(READ, ARRIVE) + "\n" + listing(ARRIVE).replace("kernel", "other")
     assert early_arrivals(two) == {"kernel": 1, "other": 0}
+
+
+def test_split_addresses() -> None:
+    copies = (
+        "LDGSTS.E.BYPASS.128 [R27+UR0+0x2000], desc[UR1][R22.64+0x80]",
+        "@P0 LDGSTS.E.BYPASS.128 [R27+UR6], desc[UR4][R22.64]",
+        "LDGSTS.E.BYPASS.128 [R27+0x2000], desc[UR4][R22.64+0x80]",
+        "LDS R6, [R2+UR10+0x31b80]",
+    )
+    assert split_addresses(listing(*copies)) == {"kernel": 2}
