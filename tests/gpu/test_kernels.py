@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,30 @@ def test_larger_batches(kind: str, num_tokens: int, seed: int) -> None:
     case = on_gpu(seed, num_tokens)
     plan = Plan("staged", StagedConfig()) if kind == "staged" else Plan("fused", FusedConfig(max_pairs=1024))
     check_close(sparse_moe(**case.arguments, plan=plan, out=poisoned(case)), case)
+    check_scratch_is_clean()
+
+
+STAGED_FIELDS: dict[str, tuple[int, ...]] = {
+    "token_block": (32, 64),
+    "row_stages": (2, 6),
+    "row_atoms": (1,),
+    "row_groups": (2,),
+    "up_rows": (16, 128),
+    "down_stages": (2, 6),
+    "down_atoms": (1, 4),
+    "down_tiles": (1, 3),
+    "down_splits": (3,),
+    "overlap": (0,),
+}
+
+
+@pytest.mark.parametrize("wgmma", [0, 1])
+@pytest.mark.parametrize(("field", "value"), [(field, n) for field, values in STAGED_FIELDS.items() for n in values])
+def test_fields_of_a_staged_plan(field: str, value: int, wgmma: int, seed: int) -> None:
+    config = replace(StagedConfig(wgmma=wgmma), **{field: value})
+    for num_tokens, routing in ((40, "zipf"), (129, "uniform")):
+        case = on_gpu(seed + num_tokens, num_tokens, routing=routing)
+        check_close(sparse_moe(**case.arguments, plan=Plan("staged", config), out=poisoned(case)), case)
     check_scratch_is_clean()
 
 

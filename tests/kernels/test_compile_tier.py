@@ -68,6 +68,14 @@ def test_kernels_of_default_plans(hidden_size: int) -> None:
 
 
 @pytest.mark.parametrize("wgmma", [0, 1])
+@pytest.mark.parametrize("token_block", [32, 64])
+def test_staged_kernels_by_token_block(token_block: int, wgmma: int) -> None:
+    """Blocks that default plans choose for few shapes or none: of 64 tokens an assembler once made invalid copies."""
+    spec = staged_spec(KNOWN_MODELS["qwen3.5-35b-a3b"].shape, StagedConfig(token_block=token_block, wgmma=wgmma))
+    assert not [fault for fact in inspect_kernels(spec) for fault in faults(fact)]
+
+
+@pytest.mark.parametrize("wgmma", [0, 1])
 def test_staged_kernels_by_multiplier(wgmma: int) -> None:
     """The staged path with either matrix instruction, deterministic, whether or not a default plan chooses it."""
     shape = KNOWN_MODELS["deepseek-v2-lite"].shape  # its last tile of 64 neurons is full at I = 1408, not so at TP2
