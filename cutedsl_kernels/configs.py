@@ -100,7 +100,8 @@ class StagedConfig:
     each, that share the tokens of a tile. up_rows: active rows one CTA of the up product takes at most. down_stages,
     down_atoms: the ring of the down product, whose tile is 64 gathered rows by down_atoms lines. down_tiles: tiles of
     columns one CTA works off in turn. down_splits: CTAs that share the active neurons of one item. overlap: 1 if a
-    kernel may start while the last CTAs of the one before it still run (programmatic dependent launch).
+    kernel may start while the last CTAs of the one before it still run (programmatic dependent launch); 2 if the CTAs
+    of the up and down products then wait for their own item only, instead of for the whole kernel.
     """
 
     token_block: int = 16
@@ -225,7 +226,7 @@ def _illegal_staged(config: StagedConfig, shape: MoEShape) -> str | None:
         "row_groups": (1, 2),
         "up_rows": (16, 32, 64, 128),
         "down_atoms": (1, 2, 4),
-        "overlap": (0, 1),
+        "overlap": (0, 1, 2),
     }
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:

@@ -87,6 +87,7 @@ class GateCompact:
                 if 8 * j < num_tokens:
                     self.activate(acc, active, weights, bias, tau, first, num_tokens, j, lane)
             self.write_lists(active, acc, num_tokens, warp_counts, item, block, thread, lists)
+            spec.end_item(items, item, thread)
 
     @cute.jit
     def load_bias(self, w13_bias, expert, first):

@@ -28,7 +28,8 @@ BATCH = 8  # pairs of one lane that are in registers at once: 4096 pairs are rea
 
 
 class RouteSort:
-    """items [max_items, 4] (expert, first position, tokens, 0), sorted_pairs [T*k], kept [T*k], all int32.
+    """items [max_items, 4] (expert, first position, tokens, CTAs that are done with it), sorted_pairs [T*k], kept
+    [T*k], all int32.
 
     kept: 0 for a dropped pair, else 1, or with biases the local expert + 1, which combine needs.
 
@@ -211,6 +212,8 @@ class RouteSort:
     def write_item(self, items, item, expert, start, num_tokens):
         fields = cute.make_rmem_tensor((4,), I32)
         fields[0], fields[1], fields[2], fields[3] = expert, start, num_tokens, I32(0)
+        if cutlass.const_expr(self.spec.by_item):
+            fields[3] = I32(0) if num_tokens > 0 else I32(1 << 30)
         cute.autovec_copy(fields, vector(items.iterator, item * 4, 4, 4))
 
     @cute.jit

@@ -60,7 +60,7 @@ class SparseDown:
         numbers, slots, hidden = active
         thread, _, _ = cute.arch.thread_idx()
         part, item, split = cute.arch.block_idx()
-        self.spec.begin()
+        spec.begin_item(items, item, spec.row_blocks + spec.up_blocks, thread)
         smem = SmemAllocator()
         lines = self.ring.allocate(smem)
         pairs = smem.allocate_tensor(I32, cute.make_layout((spec.token_block,)), 16)
@@ -104,6 +104,7 @@ class SparseDown:
                 acc = self.ring.accumulators()
                 for column_tile in cutlass.range(per_cta, unroll=1):
                     self.write(acc, pairs, num_tokens, result + column_tile * self.columns, thread)
+        spec.end()
 
     @cute.jit
     def product(self, lines, weights, slots, hidden, begin, end, per_cta, count, num_tokens, pairs, result, thread):

@@ -33,7 +33,7 @@ class SparseUp:
     def launch(self, tokens, w13, w13_bias, routed, lists, active, stream):
         self.spec.launch(
             self.kernel(tokens, w13, routed, lists, active, w13_bias),
-            (-(-self.spec.intermediate_size // self.rows), cute.size(routed[1], mode=[0]), 1),
+            (self.spec.up_blocks, cute.size(routed[1], mode=[0]), 1),
             self.ring.threads,
             stream,
         )
@@ -54,7 +54,7 @@ class SparseUp:
         numbers, slots, hidden = active
         thread, _, _ = cute.arch.thread_idx()
         block, item, _ = cute.arch.block_idx()
-        self.spec.begin()
+        spec.begin_item(items, item, spec.row_blocks, thread)
         smem = SmemAllocator()
         ring = self.ring.allocate(smem)
         weights = smem.allocate_tensor(F32, cute.make_layout((spec.token_block,)), 16)
@@ -108,6 +108,8 @@ class SparseUp:
                 self.write_hidden(acc, bias, slot_position, gates, hidden, item, first, last, num_tokens, thread)
                 if last == total:
                     self.write_padding(hidden, item, total, num_tokens, thread)
+            spec.end_item(items, item, thread)
+        spec.end()
 
     @cute.jit
     def load_bias(self, w13_bias, expert, slot_neuron, thread):

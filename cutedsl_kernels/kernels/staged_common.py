@@ -82,11 +82,49 @@ class StagedSpec:
         """CTAs that share the gate or the up product of one item at most."""
         return -(-self.tiles // self.config.row_groups)
 
+    @property
+    def by_item(self) -> bool:
+        """Whether up and down wait for their item alone instead of the whole kernel before them."""
+        return self.config.overlap == 2
+
+    @property
+    def up_blocks(self) -> int:
+        """CTAs of the up product of one item, those that find no neuron included."""
+        return -(-self.intermediate_size // min(self.config.up_rows, ROWS * self.config.row_groups))
+
     def begin(self) -> None:
         """First thing in a kernel: waits for the kernel before it, and lets the next one get ready."""
         if self.config.overlap:
             cute.arch.griddepcontrol_wait()
             cute.arch.griddepcontrol_launch_dependents()
+
+    def begin_item(self, items, item, arrivals: int, thread) -> None:
+        """begin for a CTA that needs what the kernels before it wrote for its item, and nothing else.
+
+        With by_item, waits until so many of their CTAs have called end_item. All of them run already: this grid starts
+        after the last one of them has let it. What route_sort wrote can be read then too; for an item that is none, it
+        has written a number that nobody waits for.
+        """
+        if not self.by_item:
+            self.begin()
+            return
+        cute.arch.griddepcontrol_launch_dependents()
+        await_arrivals(items, item, arrivals, thread)
+
+    def end_item(self, items, item, thread) -> None:
+        """Last thing in a CTA that worked on an item: what its threads wrote can be read by who waits for the item."""
+        if self.by_item:
+            cute.arch.sync_threads()
+            arrive(items, item, thread)
+
+    def end(self) -> None:
+        """Last thing in a CTA that began with begin_item, whether its item is one or not.
+
+        So combine, which waits for the last kernel of them, has waited for all: the next layer's items are not written
+        while a CTA may still read these.
+        """
+        if self.by_item:
+            cute.arch.griddepcontrol_wait()
 
     def launch(self, kernel, grid, threads: int, stream) -> None:
         """Launches a kernel that reads weights: as many CTAs of it on an SM as shared memory holds, at least two."""
@@ -371,6 +409,23 @@ def item_fields(items: cute.Tensor, item: cutlass.Int32):
     fields = cute.make_rmem_tensor((4,), I32)
     cute.autovec_copy(vector(items.iterator, item * 4, 4, 4), fields)
     return fields[0], fields[1], fields[2]
+
+
+@cute.jit
+def arrive(items: cute.Tensor, item: cutlass.Int32, thread: cutlass.Int32):
+    """One more CTA is done with an item; by all threads, after a barrier of theirs."""
+    if thread == 0:
+        cute.arch.atomic_add(items.iterator + (item * 4 + 3), I32(1), sem="release", scope="gpu")
+
+
+@cute.jit
+def await_arrivals(items: cute.Tensor, item: cutlass.Int32, arrivals: cutlass.Constexpr, thread: cutlass.Int32):
+    """Until so many CTAs have arrived at an item; by all threads."""
+    if thread == 0:
+        arrived = I32(0)
+        while arrived < arrivals:
+            arrived = cute.arch.atomic_add(items.iterator + (item * 4 + 3), I32(0), sem="acquire", scope="gpu")
+    cute.arch.sync_threads()
 
 
 @cute.jit

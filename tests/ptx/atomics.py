@@ -4,7 +4,8 @@ consistency model).
 A release (or a fence followed by a relaxed write) leaves a snapshot of the writer's knowledge at the location; an
 acquire there takes it over. A read-modify-write keeps what earlier writers left (release sequences). More lenient than
 the model in one point: a relaxed `atom` that returns a value acquires like an acquire, because the usual
-last-block-done pattern has its only fence before the atomic.
+last-block-done pattern has its only fence before the atomic. An acquire of what the preceding launch of a dependent
+pair wrote counts as griddepcontrol.wait; whether that launch has released anything there is not looked at.
 """
 
 from __future__ import annotations
@@ -79,6 +80,8 @@ class Atomics:
         for region, off, sel in self.m.memory.resolve(space, addr[sub], ids[sub]):
             at = np.arange(len(sub)) if sel is None else sel
             who = ids[sub[at]]
+            if returns and order in ("acquire", "acq_rel", "sc") and scope != "cta":
+                self.m.grid_wait(who[self.m.memory.of_preceding_launch(region, off, size)])
             ok = self.m.memory.check(region, off, who, size * count, "atomic", idx)
             if ok is not None:
                 off, at, who = off[ok], at[ok], who[ok]

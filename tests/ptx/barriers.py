@@ -82,6 +82,7 @@ class Barriers:
                     m.clocks.join_ctas((unique // 16).astype(np.int64))
                     if len(ids) == m.total and m.memory.shared.shadow is not None:
                         m.memory.shared.shadow.synchronised()
+                m.share_wait(ids)
                 m.progress += 1
                 return [ids]
         out = []
@@ -134,6 +135,7 @@ class Barriers:
                 m.clocks.acquire(agent, w.knowledge, key[0])
             agents = np.unique(m.agent_of[ids])
             m.clocks.warp_sync(agents)
+        m.share_wait(np.concatenate(w.arrived))
         if w.op is not None and w.op.mode == "red":
             self._reduce(w, ids)
         return [ids]

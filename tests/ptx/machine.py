@@ -232,7 +232,15 @@ class Machine:
         return self.grid_waited[ids // 32]
 
     def grid_wait(self, ids: np.ndarray) -> None:
+        """griddepcontrol.wait, or an acquire of what the preceding launch wrote."""
         self.grid_waited[ids // 32] = True
+
+    def share_wait(self, ids: np.ndarray) -> None:
+        """After a barrier of these threads: who has waited for the preceding launch has done so for its whole CTA."""
+        if self.launch.dependent and not self.grid_waited.all():
+            warps = np.unique(ids // 32)
+            ctas = self.cta_of[warps * 32]
+            self.grid_waited[warps] |= np.isin(ctas, ctas[self.grid_waited[warps]])
 
     shuffle = staticmethod(collectives.shuffle)
     vote = staticmethod(collectives.vote)

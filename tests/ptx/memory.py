@@ -231,6 +231,13 @@ class Memory:
             )
         return None if ok.all() else ok
 
+    def of_preceding_launch(self, r: Region, off: np.ndarray, size: int) -> np.ndarray:
+        """Which of these accesses touch what the preceding launch of a dependent pair wrote."""
+        inside = (off >= 0) & (off <= r.total - size)
+        found = np.zeros(len(off), bool)
+        found[inside] = ((r.get(r.f, off[inside], size) & pattern(PREVIOUS, size)) != 0).any(1)
+        return found
+
     def check_alignment(self, addr: np.ndarray, ids: np.ndarray, size: int, pm: np.ndarray | None, idx: int) -> None:
         bad = (addr & addr.dtype.type(size - 1)) != 0
         if pm is not None:

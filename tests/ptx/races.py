@@ -155,7 +155,7 @@ class Shadow:
         """Mask over granules written or updated in this launch."""
         mask = self.wtime.a > 0
         if self.atomics is not None:
-            mask[: self.granules] |= (self.atomics[1] > 0).any(1)
+            mask[: self.granules] |= (self.atomics[1] != 0).any(1)  # negative: it returned the old value
         return mask
 
     # ---- internals

@@ -25,6 +25,7 @@ def _compiled(name: str, fault: str) -> Any:
         "RowSums": (_fake(Float32, _symbol(), _symbol()), _fake(Float32, _symbol())),
         "Scatter": (_fake(Float32, n), _fake(Int32, n), _fake(Float32, _symbol())),
         "TwoPhases": (_fake(Float32, 128), _fake(Float32, _symbol()), _fake(Float32, 128)),
+        "Handover": (_fake(Float32, 128), _fake(Float32, 128), _fake(Int32, 1), _fake(Float32, 128)),
     }[name]
     return compile_dsl(getattr(faulty, name)(fault), *fakes, _stream())
 
@@ -41,6 +42,8 @@ def _arguments(name: str, g: torch.Generator) -> tuple[list[torch.Tensor], torch
         x, index = torch.randint(1, 9, (150,), generator=g).float(), torch.randint(0, 5, (150,), generator=g).int()
         return [x, index, torch.zeros(5)], torch.zeros(5).index_add(0, index, x)
     x = torch.randn(128, generator=g)
+    if name == "Handover":
+        return [x, torch.zeros(128), torch.zeros(1, dtype=torch.int32), torch.zeros(128)], (2 * x).flip(0)
     return [x, torch.zeros(128), torch.zeros(128)], (2 * x).roll(-32)
 
 
@@ -58,10 +61,12 @@ FAULTS = [
     ("Scatter", "divergent", "barrier executed by part of a warp"),
     ("TwoPhases", "barrier", "global race: read after unsynchronised write"),
     ("TwoPhases", "unwritten", "out-of-bounds global load"),
+    ("Handover", "relaxed", "before griddepcontrol.wait to data of the preceding launch"),
+    ("Handover", "barrier", "global load before griddepcontrol.wait to data of the preceding launch"),
 ]
 
 
-@pytest.mark.parametrize("name", ["Reverse", "RowSums", "Scatter", "TwoPhases"])
+@pytest.mark.parametrize("name", ["Reverse", "RowSums", "Scatter", "TwoPhases", "Handover"])
 def test_correct_twin_is_clean(name: str, run_ptx, seed) -> None:
     values, want = _arguments(name, torch.Generator().manual_seed(seed))
     run_ptx(_compiled(name, ""), *values)

@@ -130,3 +130,38 @@ class TwoPhases:
         if cutlass.const_expr(self.fault == "unwritten"):
             other = tid + Int32(1)
         y[tid] = scratch[other]
+
+
+class Handover:
+    """y[i] = 2 x[n-1-i]: one launch writes scratch, a dependent one reads it after acquiring what the first released.
+    Faults: relaxed (no acquire), barrier (other warps than the one that acquires read at once)."""
+
+    def __init__(self, fault: str = ""):
+        self.fault = fault
+
+    @cute.jit
+    def __call__(
+        self, x: cute.Tensor, scratch: cute.Tensor, counter: cute.Tensor, y: cute.Tensor, stream: cuda.CUstream
+    ):
+        self.first(x, scratch, counter).launch(grid=(1, 1, 1), block=(128, 1, 1), stream=stream)
+        self.second(scratch, counter, y).launch(grid=(1, 1, 1), block=(128, 1, 1), stream=stream, use_pdl=True)
+
+    @cute.kernel
+    def first(self, x: cute.Tensor, scratch: cute.Tensor, counter: cute.Tensor):
+        tid, _, _ = cute.arch.thread_idx()
+        scratch[tid] = x[tid] * 2.0
+        cute.arch.sync_threads()
+        if tid == 0:
+            cute.arch.atomic_add(counter.iterator, Int32(1), sem="release", scope="gpu")
+
+    @cute.kernel
+    def second(self, scratch: cute.Tensor, counter: cute.Tensor, y: cute.Tensor):
+        tid, _, _ = cute.arch.thread_idx()
+        order = "relaxed" if self.fault == "relaxed" else "acquire"
+        if tid == 0:
+            done = Int32(0)
+            while done < 1:
+                done = cute.arch.atomic_add(counter.iterator, Int32(0), sem=order, scope="gpu")
+        if cutlass.const_expr(self.fault != "barrier"):
+            cute.arch.sync_threads()
+        y[tid] = scratch[127 - tid]
