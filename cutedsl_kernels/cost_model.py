@@ -17,19 +17,30 @@ BYTES_PER_WEIGHT = 2  # bf16
 
 @dataclass(frozen=True)
 class DensePath:
-    """A dense implementation: microseconds besides the transfer, share of the copy bandwidth, TFLOP/s it reaches."""
+    """A dense implementation: microseconds besides the transfer, share of the copy bandwidth, TFLOP/s it reaches.
+
+    overlap: reading and computing overlap only in part; their times are added to this power, and the root taken. With
+    infinity the longer one counts.
+    """
 
     fixed_us: float
     copy_share: float
     tflops: float
+    overlap: float
+
+    def estimate_us(self, moved_us: float, computed_us: float) -> float:
+        """Microseconds of a layer whose weights take ``moved_us`` to read and whose products ``computed_us``."""
+        longer, shorter = max(moved_us, computed_us), min(moved_us, computed_us)
+        ratio = shorter / longer if longer else 0.0
+        return self.fixed_us + longer * (1 + ratio**self.overlap) ** (1 / self.overlap)
 
 
-# Reading and computing overlap only in part: their times are added to this power, and the root taken. It lies between
-# vLLM's kernel with tuned tiles (1.9) and without (1.5) at 512 to 4096 tokens.
-DENSE_OVERLAP = 1.7
 # Fitted to an H200, bench/results: qwen3.5-35b-a3b, T = 1 to 16384.
-VLLM_DENSE = DensePath(12.0, 0.97, 320.0)  # vLLM's Triton kernel: the dense path inside vLLM
-TORCH_DENSE = DensePath(170.0, 0.66, 115.0)  # torch.nn.functional.grouped_mm with sorting and scattering: standalone
+# vLLM's Triton kernel: the dense path inside vLLM. Its overlap lies between that with tuned tiles (1.9) and with vLLM's
+# own (1.5) at 512 to 4096 tokens.
+VLLM_DENSE = DensePath(12.0, 0.97, 320.0, 1.7)
+# torch.nn.functional.grouped_mm with sorting and scattering: standalone
+TORCH_DENSE = DensePath(170.0, 0.66, 115.0, math.inf)
 
 
 @dataclass(frozen=True)
@@ -98,7 +109,7 @@ def estimate_us(
     if plan.kind == "dense":
         moved = dense_bytes(shape, num_tokens, pair_skip).total / (gpu.copy_gbps * 1e3 * gpu.dense.copy_share)
         computed = layer_flops(shape, num_tokens, pair_skip) / (gpu.dense.tflops * 1e6)
-        return gpu.dense.fixed_us + (moved**DENSE_OVERLAP + computed**DENSE_OVERLAP) ** (1 / DENSE_OVERLAP)
+        return gpu.dense.estimate_us(moved, computed)
     if isinstance(plan.config, FusedConfig):
         return _fused_us(plan.config, shape, num_tokens, sparsity, gpu, pair_skip)
     if isinstance(plan.config, StagedConfig):
