@@ -144,9 +144,6 @@ def main() -> None:
     num_ctas = torch.cuda.get_device_properties(0).multi_processor_count
     orders = {kind: order_of(kind, rows, num_ctas, generator).cuda() for kind in ORDERS}
     outs = [torch.empty(num_ctas, 32, dtype=torch.int32, device="cuda") for _ in range(CALLS)]
-    sums = prepare([lambda number=number: weights[number].sum(dtype=torch.int64) for number in range(CALLS)], "cuda")
-    gbps = rows * 2 * options.hidden / sums.measure(REPLAYS).median_us / 1e3
-    print(f"torch's sum of the same numbers {gbps:.0f} GB/s  {gbps / copy:.1%} of a copy", flush=True)
     for ring, policy in itertools.product(options.rows, options.policies):
         stage_rows, stages = map(int, ring.split("x"))
         reader = ReadRows(options.hidden, stage_rows, stages, policy)

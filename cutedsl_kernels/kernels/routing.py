@@ -181,9 +181,15 @@ class PairTable:
     @cute.jit
     def blocks_and_work(self, pairs: cutlass.Int32) -> cutlass.Int32:
         """Of an expert with so many pairs: blocks in the low BLOCK_BITS, the sum of their work above."""
-        whole = I32(U32(pairs) // self.token_block)
-        work = whole * self.works[-1] + self.work_of(pairs - whole * self.token_block)
-        return (work << BLOCK_BITS) + self.blocks_of(pairs)
+        block = self.token_block
+        whole = U32(pairs) // block  # unsigned, since a signed division costs nine instructions
+        blocks = (U32(pairs) + (block - 1)) // block
+        work = I32(whole) * self.works[-1] + self.work_of(pairs - I32(whole) * block)
+        return (work << BLOCK_BITS) + I32(blocks)
+
+    def parts(self, number):
+        """(blocks, work of all their items) of such a number."""
+        return number & ((1 << BLOCK_BITS) - 1), (number >> BLOCK_BITS) * self.tiles
 
     @cute.jit
     def begin_shares(self, total, share, thread):
@@ -192,13 +198,13 @@ class PairTable:
         The end of all work lies in no block, so it is not for claim to find.
         """
         cta, num_ctas = cute.arch.block_idx()[0], cute.arch.grid_dim()[0]
-        work = (total >> BLOCK_BITS) * self.tiles
+        blocks, work = self.parts(total)
         ends = cute.make_rmem_tensor((2,), I32)
         for i in cutlass.range_constexpr(2):  # in fp32, which is faster, and alike in all CTAs
             end = I32(F32(work) * F32(cta + i) * cute.arch.rcp_approx(F32(num_ctas)))
             ends[i] = work if cta + i == num_ctas else cutlass.min(end, work)
             if thread == i and ends[i] == work:
-                share[i] = (total & ((1 << BLOCK_BITS) - 1)) * self.tiles
+                share[i] = blocks * self.tiles
         return ends
 
     @cute.jit
@@ -207,8 +213,8 @@ class PairTable:
 
         Where one of their items begins or ends this CTA's share, writes that.
         """
-        block, work = before & ((1 << BLOCK_BITS) - 1), (before >> BLOCK_BITS) * self.tiles
-        first = block
+        first, work = self.parts(before)
+        block = first
         for left in cutlass.range(pairs, 0, -self.token_block, unroll=1):
             block_expert[block] = cutlass.Int16(expert)
             each = I32(self.works[-1])
@@ -221,10 +227,6 @@ class PairTable:
             work += each * self.tiles
             block += 1
         return first
-
-    def blocks_of(self, pairs):
-        """ceil(pairs / token_block); unsigned, since a signed division costs nine instructions."""
-        return I32((U32(pairs) + (self.token_block - 1)) // self.token_block)
 
     @cute.jit
     def pairs_of_block(

@@ -180,7 +180,7 @@ class SparseDown:
         spec = self.spec
         target = self.ring.address(lines, offset)
         self.ring.load_lines(target, weights, rows, 4, spec.hidden_size, self.ring.atoms, ROWS, True)
-        self.ring.zero_lines(lines, offset, rows)
+        self.ring.zero_lines(lines, offset, rows, 4, self.ring.atoms, ROWS)
         source = hidden + cute.assume(tile * ROWS, divby=LINE)
         target += 2 * self.ring.a_size
         self.ring.load_lines(target, source, b_rows, self.ring.b_loads, spec.capacity, 1, spec.token_block, False)

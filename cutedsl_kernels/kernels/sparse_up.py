@@ -27,7 +27,7 @@ class SparseUp:
 
     def __init__(self, spec: StagedSpec):
         self.spec, self.ring = spec, spec.row_ring()
-        self.rows = min(spec.config.up_rows, self.ring.lines)
+        self.rows = spec.up_rows
 
     @cute.jit
     def launch(self, tokens, w13, w13_bias, routed, lists, active, stream):

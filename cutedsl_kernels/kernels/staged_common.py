@@ -88,9 +88,14 @@ class StagedSpec:
         return self.config.overlap == 2
 
     @property
+    def up_rows(self) -> int:
+        """Active rows that one CTA of the up product takes at most."""
+        return min(self.config.up_rows, ROWS * self.config.row_groups)
+
+    @property
     def up_blocks(self) -> int:
         """CTAs of the up product of one item, those that find no neuron included."""
-        return -(-self.intermediate_size // min(self.config.up_rows, ROWS * self.config.row_groups))
+        return -(-self.intermediate_size // self.up_rows)
 
     def begin(self) -> None:
         """First thing in a kernel: waits for the kernel before it, and lets the next one get ready."""
@@ -192,21 +197,13 @@ class TileRing:
     @cute.jit
     def clear(self, ring: cute.Tensor, a_rows: cute.Tensor, b_rows: cute.Tensor, thread: cutlass.Int32):
         """Zeroes, in every stage, the lines that will never be loaded (row -1), so that no product reads garbage."""
-        zero = cute.make_rmem_tensor((8,), BF16)
-        zero.fill(0.0)
         place = self.place(thread)
         for s in cutlass.range(self.stages, unroll=1):
-            for k in cutlass.range_constexpr(self.atoms if self.row_major else 1):
-                if cutlass.const_expr(self.row_major):
-                    for i in cutlass.range_constexpr(4):
-                        if a_rows[i] == -1:
-                            offset = s * self.stage_size + (k * self.lines + i * self.line_step) * LINE
-                            cute.autovec_copy(zero, vector(ring.iterator, place + offset))
-                for i in cutlass.range_constexpr(self.b_loads):
-                    if b_rows[i] == -1:
-                        offset = s * self.stage_size + self.a_size
-                        offset += (k * self.token_block + i * self.line_step) * LINE
-                        cute.autovec_copy(zero, vector(ring.iterator, place + offset))
+            offset = place + s * self.stage_size
+            if cutlass.const_expr(self.row_major):
+                self.zero_lines(ring, offset, a_rows, 4, self.atoms, self.lines)
+            atoms = self.atoms if cutlass.const_expr(self.row_major) else 1
+            self.zero_lines(ring, offset + self.a_size, b_rows, self.b_loads, atoms, self.token_block)
 
     def address(self, ring, offset):
         """Shared address of an element of the ring, for load_lines. By all lanes of the warp."""
@@ -237,14 +234,22 @@ class TileRing:
                     async_copy(source + (rows[i] * pitch + k * LINE), target + 2 * LINE * line, weights)
 
     @cute.jit
-    def zero_lines(self, ring: cute.Tensor, offset: cutlass.Int32, rows: cute.Tensor):
-        """Zeroes this thread's lines of weights whose row is negative; ``offset`` of its first one in the ring."""
+    def zero_lines(
+        self,
+        ring: cute.Tensor,
+        offset: cutlass.Int32,
+        rows: cute.Tensor,
+        count: cutlass.Constexpr,
+        atoms: cutlass.Constexpr,
+        lines: cutlass.Constexpr,
+    ):
+        """Zeroes this thread's lines whose row is -1. offset: of its first one in the ring; the rest as load_lines."""
         zero = cute.make_rmem_tensor((8,), BF16)
         zero.fill(0.0)
-        for i in cutlass.range_constexpr(4):
-            if rows[i] < 0:
-                for k in cutlass.range_constexpr(self.atoms):
-                    line = i * self.line_step + k * self.lines
+        for i in cutlass.range_constexpr(count):
+            if rows[i] == -1:
+                for k in cutlass.range_constexpr(atoms):
+                    line = i * self.line_step + k * lines
                     cute.autovec_copy(zero, vector(ring.iterator, offset + line * LINE))
 
     @cute.jit

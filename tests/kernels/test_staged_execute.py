@@ -83,9 +83,7 @@ def check_lists(problem: Problem, config: StagedConfig, tensors: dict[str, torch
             block = slice(first, first + config.token_block)
             items.append((trace.expert, len(positions), trace.active[block]))
             positions += pairs[block].tolist()
-    rows = (
-        64 * config.row_groups
-    )  # of a CTA of the gate product; with overlap 2 it and those of the up product are counted
+    rows = 64 * config.row_groups  # of a CTA of the gate product; with overlap 2 its and the up product's are counted
     done = -(-inter // rows) + -(-inter // min(rows, config.up_rows)) if config.overlap == 2 else 0
     assert tensors["sorted_pairs"][: len(positions)].tolist() == positions
     assert torch.equal(tensors["kept"], kept)

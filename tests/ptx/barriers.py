@@ -135,7 +135,7 @@ class Barriers:
                 m.clocks.acquire(agent, w.knowledge, key[0])
             agents = np.unique(m.agent_of[ids])
             m.clocks.warp_sync(agents)
-        m.share_wait(np.concatenate(w.arrived))
+        m.share_wait(ids)
         if w.op is not None and w.op.mode == "red":
             self._reduce(w, ids)
         return [ids]

@@ -236,7 +236,7 @@ class Machine:
         self.grid_waited[ids // 32] = True
 
     def share_wait(self, ids: np.ndarray) -> None:
-        """After a barrier of these threads: who has waited for the preceding launch has done so for its whole CTA."""
+        """After these threads waited at a barrier: if one of a CTA has waited for the preceding launch, all have."""
         if self.launch.dependent and not self.grid_waited.all():
             warps = np.unique(ids // 32)
             ctas = self.cta_of[warps * 32]
