@@ -114,7 +114,7 @@ class StagedConfig:
     down_atoms: int = 2
     down_tiles: int = 2
     down_splits: int = 1
-    overlap: int = 1
+    overlap: int = 2
 
     def smem_bytes(self, intermediate_size: int) -> int:
         """Shared memory of the CTA that needs most, bytes: a ring, and up to four bytes for each 64 neurons."""
@@ -317,11 +317,10 @@ def _fused_space(shape: MoEShape, num_tokens: int) -> Iterator[FusedConfig]:
 
 def _staged_space(shape: MoEShape) -> Iterator[StagedConfig]:
     # 64 columns at a time only where 128 do not divide the width (gpt-oss). Of equals by the cost model the first is
-    # taken: H100, 2026-11-27, eight shapes, 16 to 512 tokens: row_atoms 2 is 2 to 4 % faster than 1, the first down
-    # rings 2 to 6 % faster than the others, two tiles 1 to 10 % faster than four.
-    down_rings = ((4, 2), (6, 2), (3, 4)) if shape.hidden_size % 128 == 0 else ((6, 1), (8, 1))
-    for token_block, (row_stages, row_atoms), (down_stages, down_atoms), down_tiles in itertools.product(
-        (16, 32, 64), ((4, 2), (4, 1), (6, 1)), down_rings, (2, 4)
+    # taken. What is here and what is not: docs/kernels-staged.md.
+    down_rings = ((4, 2), (3, 2), (3, 4)) if shape.hidden_size % 128 == 0 else ((6, 1), (8, 1))
+    for (token_block, overlap), (row_stages, row_atoms), (down_stages, down_atoms), down_tiles in itertools.product(
+        ((16, 2), (32, 2), (64, 1), (16, 1), (32, 1)), ((3, 2), (4, 2), (4, 1)), down_rings, (2, 4)
     ):
         yield StagedConfig(
             token_block=token_block,
@@ -330,4 +329,5 @@ def _staged_space(shape: MoEShape) -> Iterator[StagedConfig]:
             down_stages=down_stages,
             down_atoms=down_atoms,
             down_tiles=down_tiles,
+            overlap=overlap,
         )

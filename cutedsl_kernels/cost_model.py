@@ -30,15 +30,19 @@ class DensePath:
 
     def estimate_us(self, moved_us: float, computed_us: float) -> float:
         """Microseconds of a layer whose weights take ``moved_us`` to read and whose products ``computed_us``."""
-        longer, shorter = max(moved_us, computed_us), min(moved_us, computed_us)
-        ratio = shorter / longer if longer else 0.0
-        return self.fixed_us + longer * (1 + ratio**self.overlap) ** (1 / self.overlap)
+        return self.fixed_us + overlapping_us(moved_us, computed_us, self.overlap)
+
+
+def overlapping_us(moved_us: float, computed_us: float, overlap: float) -> float:
+    """Time of reading and computing that overlap in part, as DensePath.overlap says."""
+    longer, shorter = max(moved_us, computed_us), min(moved_us, computed_us)
+    ratio = shorter / longer if longer else 0.0
+    return longer * (1 + ratio**overlap) ** (1 / overlap)
 
 
 # Fitted to an H200, bench/results: qwen3.5-35b-a3b, T = 1 to 16384.
-# vLLM's Triton kernel: the dense path inside vLLM. Its overlap lies between that with tuned tiles (1.9) and with vLLM's
-# own (1.5) at 512 to 4096 tokens.
-VLLM_DENSE = DensePath(12.0, 0.97, 320.0, 1.7)
+# vLLM's Triton kernel under the block sizes of integration/vllm/dense.py: the dense path inside vLLM.
+VLLM_DENSE = DensePath(12.0, 1.0, 330.0, 1.7)
 # torch.nn.functional.grouped_mm with sorting and scattering: standalone
 TORCH_DENSE = DensePath(170.0, 0.66, 115.0, math.inf)
 
@@ -96,9 +100,12 @@ FUSED_COPY_SHARE = 1.17  # share of the copy with rings of any size
 FUSED_MOST = 1.02  # and at most
 FUSED_TILE_SHARE = 0.2  # of the time a tile's gate rows take, nothing overlaps: tiles of 32 instead of 16, whose rows
 # take 2.1 us longer, cost 0.4 us at T=1, 0.8 at 8 (docs/kernels-fused.md)
-STAGED_FIXED_US = 15.0  # five dependent launches. Same shape: 191 us at T=64, 329 at 256, 407 at 512
-STAGED_COPY_SHARES = {16: 0.99, 32: 0.95, 64: 0.80}  # by token block; between them as measured on 2026-11-23
-STAGED_TFLOPS_SHARE = 0.5  # of dense_tflops: gathered rows, short N. Assumed
+# Same shape, both rules, 32 to 1536 tokens, 24 measurements within 5 % (H200, 2026-11-28).
+STAGED_FIXED_US = {0: 17.0, 1: 16.0, 2: 10.0}  # by overlap: five launches
+STAGED_COPY_SHARES = {16: 1.04, 32: 0.97, 64: 0.81}  # by token block; more than a copy, which the fixed time takes back
+STAGED_TFLOPS_SHARE = 0.7  # of dense_tflops: gathered rows, short N
+STAGED_OVERLAP = 2.0  # of reading and computing, as in DensePath
+STAGED_REREAD = 0.15  # of the time of its rows that a further block of an expert's tokens takes, mostly from L2
 IN_FLIGHT_BYTES = 45 * 1024  # per SM; less than this in flight does not cover the DRAM latency
 
 
@@ -164,7 +171,8 @@ def _staged_us(
     active = (1 - sparsity) / (1 - pair_skip) if pair_skip < 1 else 0.0
     union = 1 - (1 - active) ** in_block  # of the tokens of one block, whose every product is computed
     moved = layer_bytes(shape, num_tokens, sparsity, pair_skip)
-    weights = (moved.gate + moved.up_down) * (1 + 0.3 * (blocks - 1)) + moved.tokens
+    weights = (moved.gate + moved.up_down) * (1 + STAGED_REREAD * (blocks - 1)) + moved.tokens
     flops = layer_flops(shape, num_tokens, pair_skip) * (1 + 2 * union) / 3 * max(1.0, 16 / max(in_block, 1.0))
     memory_us = weights / (gpu.copy_gbps * 1e3 * STAGED_COPY_SHARES[config.token_block])
-    return STAGED_FIXED_US + max(memory_us, flops / (gpu.dense_tflops * 1e6 * STAGED_TFLOPS_SHARE))
+    compute_us = flops / (gpu.dense_tflops * 1e6 * STAGED_TFLOPS_SHARE)
+    return STAGED_FIXED_US[config.overlap] + overlapping_us(memory_us, compute_us, STAGED_OVERLAP)

@@ -18,7 +18,7 @@ registers (setmaxnreg):
 * row producer (1 warp): one bulk copy per *active* row: up rows, then down rows, in chunks, into the row ring.
 * up/down warps: hidden dimension split over the warps. u = x . up rows (as above), h = a * u * r in bf16, then
   y[column, token] += down rows^T . h by ldmatrix.trans and mma.m16n8k8, kept in registers until the block ends (or, for
-  a wide hidden dimension, added chunk by chunk) and then added to the fp32 sums by red.global.add.
+  a wide hidden dimension, added chunk by chunk) and then added to the fp32 sums by red.global.add.v4.
 
 So gate rows of later tiles stream in while earlier tiles' active rows are fetched and used: memory never waits for the
 phases of one tile. Rows are padded by 16 bytes in shared memory, which makes every ldmatrix free of bank conflicts.

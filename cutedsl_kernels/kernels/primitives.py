@@ -38,6 +38,7 @@ __all__ = [
     "mma_16x8x8",
     "mma_16x8x16",
     "reduce_add",
+    "reduce_add_vector",
     "transform_up",
     "vector",
 ]
@@ -99,6 +100,13 @@ def mma_16x8x8():
 def reduce_add(pointer, value):
     """red.global.add.f32: adds without returning the old value; order between CTAs is not defined."""
     cute.arch.inline_ptx("red.global.add.f32 [{$r0}], {$r1};", read_only_args=[pointer.toint(), value])
+
+
+def reduce_add_vector(pointer, values):
+    """reduce_add of four numbers, to 16 bytes that are aligned to 16."""
+    cute.arch.inline_ptx(
+        "red.global.add.v4.f32 [{$r0}], { {$r1}, {$r2}, {$r3}, {$r4} };", read_only_args=[pointer.toint(), *values]
+    )
 
 
 @cute.jit

@@ -2,7 +2,7 @@
 
 CTA 0 does the sorting. Its warps own consecutive segments of the pairs:
 
-    1  each warp counts its pairs by expert (match.any finds the lanes with the same expert)     counts[warp, expert]
+    1  each warp counts its pairs by expert (votes find the lanes with the same expert)          counts[warp, expert]
     2  each expert's counts become offsets of the warps, and its total                            T*k ints from L2
     3  one warp numbers positions and items of all experts, in order of expert id
     4  each warp walks its segment again and writes every pair to its position
@@ -39,6 +39,7 @@ class RouteSort:
     def __init__(self, spec: StagedSpec):
         self.spec = spec
         self.threads = 32 * WARPS
+        self.id_bits = spec.num_experts.bit_length()  # of a local expert, or num_experts for a pair without one
         self.helpers = HELPER_CTAS if spec.weight_on_input or not spec.deterministic else 0
 
     @cute.jit
@@ -59,8 +60,12 @@ class RouteSort:
         self.kernel(
             x, topk_ids, topk_weights, expert_map, pair_threshold, items, sorted_pairs, kept, scaled, total
         ).launch(
-            grid=(1 + self.helpers, 1, 1), block=(self.threads, 1, 1), stream=stream, min_blocks_per_mp=1
-        )  # else: 40 registers, and spills
+            grid=(1 + self.helpers, 1, 1),
+            block=(self.threads, 1, 1),
+            stream=stream,
+            min_blocks_per_mp=1,  # else: 40 registers, and spills
+            use_pdl=bool(self.spec.config.overlap),
+        )
 
     @cute.kernel
     def kernel(
@@ -89,8 +94,9 @@ class RouteSort:
                 self.scale(x, topk_weights, scaled, worker)
 
     @cute.jit
-    def experts_of(self, begin, step, steps, num_pairs, ids, routing, expert_map, pair_threshold, lane, out):
-        """Local experts of this lane's pairs of the next BATCH steps; num_experts: dropped, or past the end.
+    def experts_of(self, begin, step, steps, num_pairs, ids, routing, expert_map, pair_threshold, lane, out, same):
+        """Local experts of this lane's pairs of the next BATCH steps; num_experts: dropped, or past the end. same: the
+        lanes that have the same one in a step.
 
         All loads are issued before the first is used: a batch costs one latency of L2.
         """
@@ -106,6 +112,9 @@ class RouteSort:
             inside = begin + (step + i) * 32 + lane < num_pairs and step + i < steps
             here = out[i] >= 0 and out[i] < experts and inside and not (weights[i] < pair_threshold)
             out[i] = out[i] if here else I32(experts)
+        for i in cutlass.range_constexpr(BATCH):
+            if step + i < steps:
+                same[i] = same_in_warp(out[i], self.id_bits)
 
     @cute.jit
     def sort(self, topk_ids, topk_weights, expert_map, pair_threshold, items, sorted_pairs, kept, thread):
@@ -121,13 +130,14 @@ class RouteSort:
         routing = cute.make_tensor(topk_weights.iterator, cute.make_layout((num_pairs,)))
         steps = (num_pairs + (threads - 1)) // threads
         begin = warp * steps * 32
-        local = cute.make_rmem_tensor((BATCH,), I32)
+        local = cute.make_rmem_tensor((BATCH,), I32)  # experts of this lane's pairs
+        same = cute.make_rmem_tensor((BATCH,), U32)  # lanes of the warp whose pair has the same expert
         for i in cutlass.range(thread, warps * experts, threads, unroll=1):
             counts[i // experts, i % experts] = 0
         cute.arch.sync_threads()
         below = U32(cute.arch.lanemask_lt())
         for step in cutlass.range(0, steps, BATCH, unroll=1):
-            self.experts_of(begin, step, steps, num_pairs, ids, routing, expert_map, pair_threshold, lane, local)
+            self.experts_of(begin, step, steps, num_pairs, ids, routing, expert_map, pair_threshold, lane, local, same)
             for i in cutlass.range_constexpr(BATCH):
                 if step + i < steps:
                     pair = begin + (step + i) * 32 + lane
@@ -135,17 +145,18 @@ class RouteSort:
                     if pair < num_pairs:
                         here = expert + 1 if cutlass.const_expr(self.spec.has_bias) else I32(1)
                         kept[pair] = here if expert < experts else I32(0)
-                    same = same_in_warp(expert)
-                    if expert < experts and (same & below) == 0:
-                        counts[warp, expert] = counts[warp, expert] + I32(cute.arch.popc(same))
+                    if expert < experts and (same[i] & below) == 0:
+                        counts[warp, expert] = counts[warp, expert] + I32(cute.arch.popc(same[i]))
                     cute.arch.sync_warp()
         cute.arch.sync_threads()
         for expert in cutlass.range(thread, experts, threads, unroll=1):
+            of_warp = cute.make_rmem_tensor((warps,), I32)
+            for w in cutlass.range_constexpr(warps):  # all loads before the first store
+                of_warp[w] = counts[w, expert]
             running = I32(0)
             for w in cutlass.range_constexpr(warps):
-                count = counts[w, expert]
                 counts[w, expert] = running
-                running += count
+                running += of_warp[w]
             totals[expert] = running
         cute.arch.sync_threads()
         if thread < 32:
@@ -157,17 +168,18 @@ class RouteSort:
             self.write_item(items, item, I32(0), I32(0), I32(0))
         for step in cutlass.range(0, steps, BATCH, unroll=1):
             if steps > BATCH:  # else the experts of the first walk are still here
-                self.experts_of(begin, step, steps, num_pairs, ids, routing, expert_map, pair_threshold, lane, local)
+                self.experts_of(
+                    begin, step, steps, num_pairs, ids, routing, expert_map, pair_threshold, lane, local, same
+                )
             for i in cutlass.range_constexpr(BATCH):
                 if step + i < steps:
                     expert = local[i]
-                    same = same_in_warp(expert)
                     if expert < experts:
-                        position = start[expert] + counts[warp, expert] + I32(cute.arch.popc(same & below))
+                        position = start[expert] + counts[warp, expert] + I32(cute.arch.popc(same[i] & below))
                         sorted_pairs[position] = begin + (step + i) * 32 + lane
                     cute.arch.sync_warp()
-                    if expert < experts and (same & below) == 0:
-                        counts[warp, expert] = counts[warp, expert] + I32(cute.arch.popc(same))
+                    if expert < experts and (same[i] & below) == 0:
+                        counts[warp, expert] = counts[warp, expert] + I32(cute.arch.popc(same[i]))
                     cute.arch.sync_warp()
 
     @cute.jit

@@ -134,7 +134,7 @@ class PairTable:
             if thread < cute.size(topk_ids):
                 expert = self.expert_of_pair(thread, topk_ids, topk_weights, expert_map, pair_threshold)
                 pair_expert[thread] = cutlass.Int16(expert)
-            same = same_in_warp(expert)
+            same = same_in_warp(expert, self.num_experts.bit_length())
             leads = expert >= 0 and (same & cute.arch.lanemask_lt()) == 0
             pairs = I32(cute.arch.popc(same)) if leads else I32(0)
             mine = self.blocks_and_work(pairs)

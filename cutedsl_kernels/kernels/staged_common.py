@@ -429,7 +429,7 @@ def await_arrivals(items: cute.Tensor, item: cutlass.Int32, arrivals: cutlass.Co
     if thread == 0:
         arrived = I32(0)
         while arrived < arrivals:
-            arrived = cute.arch.atomic_add(items.iterator + (item * 4 + 3), I32(0), sem="acquire", scope="gpu")
+            arrived = cute.arch.load(items.iterator + (item * 4 + 3), I32, sem="acquire", scope="gpu")
     cute.arch.sync_threads()
 
 

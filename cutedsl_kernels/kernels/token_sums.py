@@ -2,6 +2,9 @@
 
 ``accum`` [T, H] fp32 holds the sums of all CTAs, ``counters`` [T] how many items of each token are in them. Whoever
 completes a token rounds its row to ``out`` and leaves both zero.
+
+Columns of accum are not in order: a lane of the down MMA holds columns 8 apart, and has its four of a unit of 32 side by
+side here, so that it adds 16 bytes at a time. Column 8j + g of a unit is at 4g + j.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 import cutlass
 import cutlass.cute as cute
 
-from .primitives import BF16, F32, I32, I64, reduce_add, vector
+from .primitives import BF16, F32, I32, I64, reduce_add, reduce_add_vector, vector
 from .routing import PairTable
 from .row_ring import RowRing
 
@@ -38,17 +41,21 @@ class TokenSums(RowRing):
         self, sums, first_unit: cutlass.Constexpr, units: cutlass.Constexpr, tokens, count, warp, lane, accum
     ):
         """Adds units of sums to accum and clears them. Lane: tokens 2(lane % 4) + c, columns lane // 4 + 8h."""
+        # Of a grid one CTA deep, which the compiler does not know. Without this addition it keeps the sums in the order
+        # in which they are added here, and moves them for every MMA.
+        zero = F32(cute.arch.block_idx()[2])
+        first_column = (warp * self.row_units + first_unit) * 32 + lane // 4 * 4
         for c in cutlass.range_constexpr(2):
             slot = (lane % 4) * 2 + c
             if slot < count:
-                row = accum.iterator + I64(tokens[slot]) * self.H
+                row = accum.iterator + (I64(tokens[slot]) * self.H + first_column)
                 for u in cutlass.range_constexpr(units):
-                    unit = warp * self.row_units + first_unit + u
-                    if unit < self.units:
-                        for half in cutlass.range_constexpr(2):
-                            for h in cutlass.range_constexpr(2):
-                                column = unit * 32 + half * 16 + h * 8 + lane // 4
-                                reduce_add(row + column, sums[2 * h + c, half, u])
+                    inside = True
+                    if cutlass.const_expr(self.ragged):
+                        inside = warp * self.row_units + first_unit + u < self.units
+                    if inside:
+                        values = [sums[2 * h + c, half, u] + zero for half in range(2) for h in range(2)]
+                        reduce_add_vector(row + u * 32, values)
         sums.fill(0.0)
 
     @cute.jit
@@ -73,7 +80,8 @@ class TokenSums(RowRing):
                     group = thread + i * threads
                     if group < vectors:
                         for c in cutlass.range_constexpr(8):
-                            reduce_add(row + (group * 8 + c), F32(bias[c, i]) * weight)
+                            place = group // 4 * 32 + c * 4 + group % 4  # of column 8 * group + c
+                            reduce_add(row + place, F32(bias[c, i]) * weight)
 
     @cute.jit
     def finish_tokens(self, tokens, count, tiles_done, pair_expert, thread, totals):
@@ -96,11 +104,10 @@ class TokenSums(RowRing):
                     values = cute.make_rmem_tensor((4,), F32)
                     source = vector(accum.iterator, row + group * 4, 4, 4)
                     cute.autovec_copy(source, values)
-                    cast = cute.make_rmem_tensor((4,), BF16)
+                    column = group // 8 * 32 + group % 8  # of the first of four, 8 apart
                     for c in cutlass.range_constexpr(4):
-                        cast[c] = BF16(values[c])
+                        (out.iterator + (row + column + 8 * c)).store(BF16(values[c]))
                         values[c] = F32(0.0)
                     cute.autovec_copy(values, source)
-                    cute.autovec_copy(cast, vector(out.iterator, row + group * 4, 4, 4))
                 if thread == 0:
                     counters[token] = 0

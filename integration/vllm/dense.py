@@ -27,21 +27,29 @@ def dense_runs(state: LayerState) -> bool:
     return not (state.router_weight_on_input and state.weights.w13_bias is not None)
 
 
-WIDE_PAIRS = 128  # pairs of an expert from which wide tiles are the faster ones
+# Block sizes for experts of up to so many pairs; the last ones for any number. Measured on an H200 and an H100, where
+# vLLM's default takes up to 10 % longer (docs/dense-path.md).
+FIELDS = ("BLOCK_SIZE_M", "BLOCK_SIZE_N", "BLOCK_SIZE_K", "num_warps", "num_stages")
+OWN_SIZES = ((8, (16, 64, 128, 4, 3)), (24, (32, 128, 64, 4, 3)), (48, (64, 128, 64, 4, 3)))
+LARGE_SIZES, LARGE_SIZES_NARROW = (128, 256, 64, 8, 4), (128, 128, 64, 8, 3)
 
 
-def product_config(config: dict[str, int], columns: int, *, of_w2_rows: bool, wide: bool) -> dict[str, int]:
-    """Block sizes for one of the two products, of so many columns, from those that vLLM has for both.
+def own_config(pairs: float, columns: tuple[int, int]) -> dict[str, int]:
+    """Block sizes on an sm_90 GPU for a shape that vLLM has not tuned: experts of ``pairs`` pairs in the mean, products
+    of so many columns. LARGE_SIZES take 192 KB of shared memory in bf16."""
+    large = LARGE_SIZES if all(n % 256 == 0 for n in columns) else LARGE_SIZES_NARROW
+    sizes = next((sizes for most, sizes in OWN_SIZES if pairs <= most), large)
+    return dict(zip(FIELDS, sizes, strict=True)) | {"GROUP_SIZE_M": 1, "SPLIT_K": 1}
+
+
+def product_config(config: dict[str, int], *, of_w2_rows: bool) -> dict[str, int]:
+    """Block sizes for one of the two products, from those for both.
 
     The rows of a block stay as they are, since the pairs are sorted for them. The product with w2_rows reads a tile
-    of weights along its columns: narrow tiles, which vLLM chooses for few tokens, cut a row into pieces of 64 or 128
-    bytes. ``wide``: vLLM has no tuned sizes for the shape, and its default for many tokens, 128 columns and three
-    stages, takes 4 to 10 % longer than 256 and four (docs/dense-path.md).
+    of weights along its columns: narrow tiles, which are chosen for few tokens, cut a row into pieces of 64 or 128
+    bytes.
     """
-    many_rows = config["BLOCK_SIZE_M"] > 64
-    if wide and many_rows and config["BLOCK_SIZE_N"] == 128 and columns % 256 == 0:
-        return {**config, "BLOCK_SIZE_N": 256, "num_stages": 4}
-    if of_w2_rows and not many_rows and config["BLOCK_SIZE_N"] < 128:
+    if of_w2_rows and config["BLOCK_SIZE_M"] <= 64 and config["BLOCK_SIZE_N"] < 128:
         return {**config, "BLOCK_SIZE_N": 128, "BLOCK_SIZE_K": 64, "num_warps": 4, "num_stages": 4}
     return config
 
@@ -69,11 +77,13 @@ def run_dense(
     # Block sizes follow from the pairs of an expert, so what is skipped does not count: 3 % faster at 2048 and at 4096
     # tokens with 35 % skipped (E=256, H=2048, I=512, H100, 2026-11-27).
     computed = max(1, round(num_tokens * (1 - state.expected_pair_skip)))
-    config = triton.config(weights.w13.shape, w2.shape, top_k, computed)
-    # Such tiles take 192 KB of shared memory in bf16, which an sm_90 GPU has.
-    many = computed * top_k >= WIDE_PAIRS * global_num_experts
-    wide = many and supports_kernels(weights) and triton.has_default_config(w2.shape)
-    kernels = state.pair_kernels if top_k == state.top_k else None
+    if triton.has_default_config(w2.shape) and supports_kernels(weights):
+        config = own_config(computed * top_k / global_num_experts, (2 * inter, hidden))
+    else:
+        config = triton.config(weights.w13.shape, w2.shape, top_k, computed)
+    # Where every pair is computed vLLM's functions are 0.4 us faster at one token, and 1 % at 1024.
+    some_left_out = state.rho > 0 or expert_map is not None
+    kernels = state.pair_kernels if some_left_out and top_k == state.top_k else None
     few = expert_map is None and num_tokens * top_k * 4 <= global_num_experts
     num_ids = global_num_experts
     if state.rho > 0:
@@ -93,7 +103,7 @@ def run_dense(
     y = shared[: num_tokens * top_k * hidden].view(num_tokens, top_k, hidden)
     out = torch.empty_like(x)
     on_input = state.router_weight_on_input
-    sizes = product_config(config, 2 * inter, of_w2_rows=False, wide=wide)
+    sizes = product_config(config, of_w2_rows=False)
     triton.gemm(
         x, weights.w13, gate_up, topk_weights, sorted_ids, expert_ids, padded, on_input, top_k, sizes, weights.w13_bias
     )
@@ -105,7 +115,7 @@ def run_dense(
         triton.activate(state.activation, h, gate_up)
         if expert_map is not None:
             y.zero_()  # rows of pairs that nobody computes
-    sizes = product_config(config, hidden, of_w2_rows=True, wide=wide)
+    sizes = product_config(config, of_w2_rows=True)
     triton.gemm(h, w2, y, topk_weights, sorted_ids, expert_ids, padded, not on_input, 1, sizes, weights.w2_bias)
     if kernels is not None:
         kernels.sum(y, topk_ids, pair_map, out)

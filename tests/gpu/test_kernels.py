@@ -114,7 +114,7 @@ STAGED_FIELDS: dict[str, tuple[int, ...]] = {
     "down_atoms": (1, 4),
     "down_tiles": (1, 3),
     "down_splits": (3,),
-    "overlap": (0, 2),
+    "overlap": (0, 1),
 }
 
 

@@ -109,7 +109,7 @@ def test_gpt_oss_layers(
 
     pieces = SimpleNamespace(
         config=lambda *sizes: {"BLOCK_SIZE_M": BLOCK, "BLOCK_SIZE_N": 32},
-        has_default_config=lambda w2: True,
+        has_default_config=lambda w2: False,
         align=align,
         gemm=gemm,
         activate=activate,
@@ -133,49 +133,58 @@ def test_the_second_product_reads_wide_tiles_and_keeps_the_order_of_pairs() -> N
     from cutedsl_kernels.integration.vllm.dense import product_config
 
     narrow = {"BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 32, "BLOCK_SIZE_K": 128, "GROUP_SIZE_M": 8, "num_warps": 2}
-    found = product_config(narrow, 2048, of_w2_rows=True, wide=False)
+    found = product_config(narrow, of_w2_rows=True)
     assert (found["BLOCK_SIZE_M"], found["GROUP_SIZE_M"], found["BLOCK_SIZE_N"]) == (16, 8, 128)
     assert narrow["BLOCK_SIZE_N"] == 32  # vLLM remembers its configs
-    assert product_config(narrow, 2048, of_w2_rows=False, wide=False) == narrow
+    assert product_config(narrow, of_w2_rows=False) == narrow
     for unchanged in (narrow | {"BLOCK_SIZE_N": 128}, narrow | {"BLOCK_SIZE_M": 128}):
-        assert product_config(unchanged, 2048, of_w2_rows=True, wide=False) == unchanged
+        assert product_config(unchanged, of_w2_rows=True) == unchanged
 
 
 @pytest.mark.parametrize(
-    ("num_tokens", "skip", "tuned", "hopper", "width"),
+    ("num_tokens", "skip", "tuned", "hopper", "hidden", "rows", "columns"),
     [
-        (1024, 0.0, False, True, 256),
-        (1023, 0.0, False, True, 128),  # fewer than 128 pairs an expert
-        (1200, 0.2, False, True, 128),  # as few, of those that are left
-        (1024, 0.0, True, True, 128),
-        (1024, 0.0, False, False, 128),  # an A100 has too little shared memory
+        (64, 0.0, False, True, 256, 16, 64),  # 8 pairs an expert
+        (100, 0.2, False, True, 256, 32, 128),  # 10 of those that are left
+        (384, 0.0, False, True, 256, 64, 128),
+        (385, 0.0, False, True, 256, 128, 256),
+        (385, 0.0, False, True, 128, 128, 128),  # 256 columns would be half empty
+        (64, 0.0, True, True, 256, 99, 99),
+        (64, 0.0, False, False, 256, 99, 99),  # an A100 has too little shared memory
     ],
 )
-def test_wide_tiles_where_vllm_has_tuned_nothing(
-    num_tokens: int, skip: float, tuned: bool, hopper: bool, width: int, monkeypatch: pytest.MonkeyPatch
+def test_own_block_sizes_where_vllm_has_tuned_nothing(
+    num_tokens: int,
+    skip: float,
+    tuned: bool,
+    hopper: bool,
+    hidden: int,
+    rows: int,
+    columns: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from cutedsl_kernels.integration.vllm import dense
     from cutedsl_kernels.integration.vllm.state import LayerState
 
     seen = []
-    default = {"BLOCK_SIZE_M": 128, "BLOCK_SIZE_N": 128, "num_stages": 3}
-    assert dense.product_config(default, 384, of_w2_rows=True, wide=True) == default  # 256 would be half empty
     pieces = SimpleNamespace(
-        config=lambda *sizes: default,
+        config=lambda *sizes: {"BLOCK_SIZE_M": 99, "BLOCK_SIZE_N": 99},
         has_default_config=lambda w2: not tuned,
-        align=lambda *arguments: (None, None, None),
+        align=lambda ids, block, *others: seen.append(block) or (None, None, None),  # type: ignore[func-returns-value]
         gemm=lambda *arguments: seen.append(arguments[9]),
         activate=lambda *arguments: None,
         sum=lambda *arguments: None,
     )
     monkeypatch.setattr(dense.compat, "triton_experts", lambda: pieces)
     monkeypatch.setattr(dense, "supports_kernels", lambda weights: hopper)
-    case = random_problem(0, num_tokens=num_tokens, num_experts=8, top_k=1, hidden_size=256, intermediate_size=128)
+    case = random_problem(0, num_tokens=num_tokens, num_experts=8, top_k=1, hidden_size=hidden, intermediate_size=128)
     state = LayerState("layer", case.weights, 1, case.activation, False, case.thresholds)
     state.rho, state.pair_skip = 1e-9 * skip, skip
     dense.run_dense(state, case.hidden_states, case.topk_weights, case.topk_ids, None, 8)
-    expected = {**default, "BLOCK_SIZE_N": width, "num_stages": 4 if width == 256 else 3}
-    assert seen == [expected, expected]
+    block, first, second = seen
+    assert (block, first["BLOCK_SIZE_M"], second["BLOCK_SIZE_M"]) == (rows, rows, rows)
+    assert first["BLOCK_SIZE_N"] == columns
+    assert second["BLOCK_SIZE_N"] == (128 if columns == 64 or (columns == 99 and rows <= 64) else columns)
 
 
 def test_whether_vllm_has_tuned_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -176,8 +176,7 @@ CONFIGS = {
     "more stages than tiles": replace(WARP, row_stages=6, down_stages=5),
     "column tiles not divisible": replace(WARP, down_atoms=1, down_tiles=3),
     "more splits than tiles, no overlap": replace(WARP, down_splits=5, overlap=0),
-    "waiting for an item": replace(WARP, overlap=2),
-    "waiting for an item, two warp groups, up rows by 16": replace(WARP, overlap=2, row_groups=2, up_rows=16),
+    "waiting for the kernel before": replace(WARP, overlap=1),
 }
 
 
@@ -237,6 +236,6 @@ def test_more_pairs_than_the_sort_keeps_in_registers(run_ptx, seed: int) -> None
 
 
 @one_worker
-def test_deterministic_reduction_has_no_atomics(run_ptx) -> None:
+def test_deterministic_reduction_has_no_atomics_on_sums(run_ptx) -> None:
     spec = staged_spec(MoEShape(4, 2, 256, 136), WARP, deterministic=True)
-    assert not re.search(r"\b(red|atom)\.", build(run_ptx, spec).ptx)
+    assert not re.search(r"\b(red|atom)\.\S*f32", build(run_ptx, spec).ptx)

@@ -224,6 +224,16 @@ class Atomics:
                 else:
                     self._defer(a, s)
 
+    def acquire_of_preceding(
+        self, space: str, addr: np.ndarray, ids: np.ndarray, pm: np.ndarray | None, size: int
+    ) -> None:
+        """Before a load that acquires: of what the preceding launch wrote, it counts as griddepcontrol.wait."""
+        if pm is not None:
+            addr, ids = addr[pm], ids[pm]
+        for region, off, sel in self.m.memory.resolve(space, addr, ids) if len(ids) else ():
+            who = ids if sel is None else ids[sel]
+            self.m.grid_wait(who[self.m.memory.of_preceding_launch(region, off, size)])
+
     def _defer(self, agent: int, snapshot: int) -> None:
         """Seen without acquiring: the next fence of the agent takes it over."""
         if agent in self.pending:

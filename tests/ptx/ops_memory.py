@@ -72,6 +72,8 @@ def load(e: Emitter, x: Instruction, m: Mods) -> None:
     addr, v = _address(e, space, a), e.var()
     where = e.var()
     e.line(f"{where} = {addr}")
+    if order == "acquire":
+        e.line(f"S.atomics.acquire_of_preceding({space!r}, {where}, ids, {e.mask}, {size * count})")
     dead = [e.is_dead(d) for d in dest]
     if any(dead) and not all(dead):
         # the compiler widened the load over bytes it does not use: only the others are checked, one by one

@@ -62,6 +62,7 @@ FAULTS = [
     ("TwoPhases", "barrier", "global race: read after unsynchronised write"),
     ("TwoPhases", "unwritten", "out-of-bounds global load"),
     ("Handover", "relaxed", "before griddepcontrol.wait to data of the preceding launch"),
+    ("Handover", "relaxed load", "before griddepcontrol.wait to data of the preceding launch"),
     ("Handover", "barrier", "global load before griddepcontrol.wait to data of the preceding launch"),
 ]
 

@@ -134,7 +134,8 @@ class TwoPhases:
 
 class Handover:
     """y[i] = 2 x[n-1-i]: one launch writes scratch, a dependent one reads it after acquiring what the first released.
-    Faults: relaxed (no acquire), barrier (other warps than the one that acquires read at once)."""
+    Faults: relaxed (no acquire, of the atomic or of the load), barrier (other warps than the one that acquires read at
+    once)."""
 
     def __init__(self, fault: str = ""):
         self.fault = fault
@@ -157,11 +158,14 @@ class Handover:
     @cute.kernel
     def second(self, scratch: cute.Tensor, counter: cute.Tensor, y: cute.Tensor):
         tid, _, _ = cute.arch.thread_idx()
-        order = "relaxed" if self.fault == "relaxed" else "acquire"
+        order = "relaxed" if self.fault.startswith("relaxed") else "acquire"
         if tid == 0:
             done = Int32(0)
             while done < 1:
-                done = cute.arch.atomic_add(counter.iterator, Int32(0), sem=order, scope="gpu")
+                if cutlass.const_expr(self.fault.endswith("load")):
+                    done = cute.arch.load(counter.iterator, Int32, sem=order, scope="gpu")
+                else:
+                    done = cute.arch.atomic_add(counter.iterator, Int32(0), sem=order, scope="gpu")
         if cutlass.const_expr(self.fault != "barrier"):
             cute.arch.sync_threads()
         y[tid] = scratch[127 - tid]
