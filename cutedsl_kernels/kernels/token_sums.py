@@ -3,8 +3,8 @@
 ``accum`` [T, H] fp32 holds the sums of all CTAs, ``counters`` [T] how many items of each token are in them. Whoever
 completes a token rounds its row to ``out`` and leaves both zero.
 
-Columns of accum are not in order: a lane of the down MMA holds columns 8 apart, and has its four of a unit of 32 side by
-side here, so that it adds 16 bytes at a time. Column 8j + g of a unit is at 4g + j.
+Columns of accum are not in order: a lane of the down MMA holds columns 8 apart, and has its four of a unit of 32 side
+by side here, so that it adds 16 bytes at a time. Column 8j + g of a unit is at 4g + j.
 """
 
 from __future__ import annotations
