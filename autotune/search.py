@@ -25,8 +25,9 @@ from .timers import PlanFailure, Timer
 WAVE = 24  # bins that are tuned side by side
 SEARCH_SHARE = 0.85  # of the budget, after which only the best are timed again
 GUIDED_ROUNDS = 4  # after the first pass; each times half as many plans again
-FINALISTS = 3  # plans timed precisely after the first pass, dense besides
-TIE = 0.01  # plans closer than this, or than the spread of their replays, count as equally fast
+FINALISTS = 3  # plans timed precisely after the first pass, the simplest near them and dense besides
+TIE = 0.015  # plans closer than this, or than the spread of their replays, count as equally fast: an H200 put one ring
+# 0.8 % before the default in a tuning and 1.5 % behind it in the benchmark ten minutes later (2026-11-28)
 LARGEST_TIE = 0.02  # a choice may never be slower than dense by more
 
 
@@ -118,7 +119,7 @@ class Tuner:
     def _expected_measurements(self, first: Sequence[Plan]) -> int:
         if not first:
             return 2 * NEIGHBOURS + 2
-        return len(first) + GUIDED_ROUNDS * self._guided_count + FINALISTS
+        return len(first) + GUIDED_ROUNDS * self._guided_count + FINALISTS + 1
 
     @property
     def _guided_count(self) -> int:
@@ -149,15 +150,17 @@ class Tuner:
             self._progress.finished(where, entry, _dense_us(entry))
 
     def _finish(self, where: Bin, wanted: Sequence[Plan], results: dict[Plan, Measurement]) -> Entry | None:
-        """Times the best and dense again while the budget lasts, and chooses. None where the budget ended before dense
-        and one of the other ``wanted`` plans had been tried: nothing follows from a plan without rival.
+        """Times the best, the simplest of those that are nearly as fast, and dense again while the budget lasts, and
+        chooses. None where the budget ended before dense and one of the other ``wanted`` plans had been tried: nothing
+        follows from a plan without rival.
         """
         if not _timed(results) or Plan("dense") not in results or len(results) < min(2, len(wanted)):
             return None
         timed = sorted(_timed(results), key=lambda pair: (pair[1].us or 0.0, simplicity(pair[0])))
         spreads: dict[Plan, float] = {}
         finalists = [plan for plan, _ in timed[:FINALISTS]]
-        for plan in dict.fromkeys([*finalists, Plan("dense")]):
+        near = choose(results, dict.fromkeys(results, LARGEST_TIE))
+        for plan in dict.fromkeys([*finalists, near or Plan("dense"), Plan("dense")]):
             if results[plan].us is None or time.monotonic() > self._deadline:
                 continue
             results[plan], spreads[plan] = self._measure(where, plan, None, precise=True)

@@ -106,11 +106,11 @@ class StagedConfig:
 
     token_block: int = 16
     wgmma: int = 1
-    row_stages: int = 4
+    row_stages: int = 3
     row_atoms: int = 2
     row_groups: int = 1
     up_rows: int = 64
-    down_stages: int = 4
+    down_stages: int = 3
     down_atoms: int = 2
     down_tiles: int = 2
     down_splits: int = 1
@@ -318,7 +318,7 @@ def _fused_space(shape: MoEShape, num_tokens: int) -> Iterator[FusedConfig]:
 def _staged_space(shape: MoEShape) -> Iterator[StagedConfig]:
     # 64 columns at a time only where 128 do not divide the width (gpt-oss). Of equals by the cost model the first is
     # taken. What is here and what is not: docs/kernels-staged.md.
-    down_rings = ((4, 2), (3, 2), (3, 4)) if shape.hidden_size % 128 == 0 else ((6, 1), (8, 1))
+    down_rings = ((3, 2), (4, 2), (3, 4)) if shape.hidden_size % 128 == 0 else ((6, 1), (8, 1))
     for (token_block, overlap), (row_stages, row_atoms), (down_stages, down_atoms), down_tiles in itertools.product(
         ((16, 2), (32, 2), (64, 1), (16, 1), (32, 1)), ((3, 2), (4, 2), (4, 1)), down_rings, (2, 4)
     ):

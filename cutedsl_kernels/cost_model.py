@@ -93,16 +93,18 @@ def layer_flops(shape: MoEShape, num_tokens: int, inactive: float) -> float:
     return 6.0 * num_tokens * shape.top_k * (1 - inactive) * shape.hidden_size * shape.intermediate_size
 
 
-# Measured on an H200, 2026-11-28 (E=256, H=2048, I=512, 84.5 %): 12.3 us at T=1, 45.5 at 8, 125 at 32, 190 at 64;
+# Measured on an H200, 2026-11-28 (E=256, H=2048, I=512, 84.5 %): 11.6 us at T=1, 45.4 at 8, 125 at 32, 188 at 64;
 # kernels of 2026-11-23 took 5 and 13 % more at T=32 with 24 and 16 rows in the row ring instead of 32.
-FUSED_FIXED_US = 6.2  # launch, routing scan, first and last latencies
+FUSED_FIXED_US = 5.5  # launch, routing scan, first and last latencies
+FUSED_BLOCK_US = 1.5  # a CTA's way from one block of tokens to the next: additions, counter, x
 FUSED_COPY_SHARE = 1.17  # share of the copy with rings of any size
 FUSED_MOST = 1.02  # and at most
 FUSED_TILE_SHARE = 0.2  # of the time a tile's gate rows take, nothing overlaps: tiles of 32 instead of 16, whose rows
 # take 2.1 us longer, cost 0.4 us at T=1, 0.8 at 8 (docs/kernels-fused.md)
-# Same shape, both rules, 32 to 1536 tokens, 24 measurements within 5 % (H200, 2026-11-28).
-STAGED_FIXED_US = {0: 17.0, 1: 16.0, 2: 10.0}  # by overlap: five launches
-STAGED_COPY_SHARES = {16: 1.04, 32: 0.97, 64: 0.81}  # by token block; more than a copy, which the fixed time takes back
+# Same shape, both rules, 1 to 1536 tokens, measured on an H200, 2026-11-28.
+STAGED_FIXED_US = {0: 11.0, 1: 10.0, 2: 4.0}  # by overlap: five launches
+STAGED_RAMP_US = 14.0  # and what they wait for one another where a kernel has few CTAs
+STAGED_COPY_SHARES = {16: 1.03, 32: 0.97, 64: 0.81}  # by token block; more than a copy, which the ramp takes back
 STAGED_TFLOPS_SHARE = 0.7  # of dense_tflops: gathered rows, short N
 STAGED_OVERLAP = 2.0  # of reading and computing, as in DensePath
 STAGED_REREAD = 0.15  # of the time of its rows that a further block of an expert's tokens takes, mostly from L2
@@ -157,7 +159,8 @@ def _fused_us(
     per_item_us = 0.05  # barriers and list: what a work item costs beside its bytes
     transfer = seconds_us / (gpu.copy_gbps * 1e3 * min(FUSED_MOST, FUSED_COPY_SHARE * covered) * balance)
     first_tile_us = gpu.num_sms * config.tile_neurons * 2 * shape.hidden_size / (gpu.copy_gbps * 1e3)
-    return FUSED_FIXED_US + transfer + per_item_us * max(1.0, waves) + FUSED_TILE_SHARE * first_tile_us
+    per_cta_us = per_item_us * max(1.0, waves) + FUSED_BLOCK_US * experts * blocks / gpu.num_sms
+    return FUSED_FIXED_US + transfer + per_cta_us + FUSED_TILE_SHARE * first_tile_us
 
 
 def _staged_us(
@@ -175,4 +178,6 @@ def _staged_us(
     flops = layer_flops(shape, num_tokens, pair_skip) * (1 + 2 * union) / 3 * max(1.0, 16 / max(in_block, 1.0))
     memory_us = weights / (gpu.copy_gbps * 1e3 * STAGED_COPY_SHARES[config.token_block])
     compute_us = flops / (gpu.dense_tflops * 1e6 * STAGED_TFLOPS_SHARE)
-    return STAGED_FIXED_US[config.overlap] + overlapping_us(memory_us, compute_us, STAGED_OVERLAP)
+    ctas = experts * blocks * -(-shape.intermediate_size // 64)
+    launches_us = STAGED_FIXED_US[config.overlap] + STAGED_RAMP_US * min(1.0, 4 * gpu.num_sms / ctas if ctas else 1.0)
+    return launches_us + overlapping_us(memory_us, compute_us, STAGED_OVERLAP)
