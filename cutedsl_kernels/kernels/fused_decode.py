@@ -61,6 +61,7 @@ from .primitives import (
     activate_gate,
     load_matrices,
     mma_16x8x8,
+    opaque_zero,
     transform_up,
     vector,
 )
@@ -426,7 +427,7 @@ class FusedDecode(TokenSums):
         _, list_size, coefficients, up_biases, list_full, list_empty = queue
         accum, w2_bias = totals[0], totals[4]
         pair_expert, (tokens, weights, lane) = block_of[2][0], block_of[3:]
-        _, _, zero = cute.arch.block_idx()  # of a grid one CTA deep, which the compiler does not know
+        zero = opaque_zero()
         stage, phase = I32(0), I32(0)
         slot, slot_phase = I32(0), I32(0)
         current, expert, count, tiles_done = I32(-1), I32(0), I32(0), I32(0)

@@ -37,6 +37,7 @@ __all__ = [
     "load_matrices",
     "mma_16x8x8",
     "mma_16x8x16",
+    "opaque_zero",
     "reduce_add",
     "reduce_add_vector",
     "transform_up",
@@ -82,6 +83,11 @@ def in_vector_register(address):
     2026-11-28). It cannot see through the shuffle. The compile tier looks for such instructions.
     """
     return I32(cute.arch.shuffle_sync(address, cute.arch.lane_idx()))
+
+
+def opaque_zero():
+    """0, as a number that the compiler does not know: the z coordinate of a CTA. All grids that use it are one CTA deep."""
+    return cute.arch.block_idx()[2]
 
 
 def load_matrices(transpose: bool):

@@ -29,7 +29,18 @@ from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 from cutlass.utils import hopper_helpers
 
 from ..configs import StagedConfig
-from .primitives import BF16, F32, I32, U32, async_copy, in_vector_register, load_matrices, mma_16x8x16, vector
+from .primitives import (
+    BF16,
+    F32,
+    I32,
+    U32,
+    async_copy,
+    in_vector_register,
+    load_matrices,
+    mma_16x8x16,
+    opaque_zero,
+    vector,
+)
 
 THREADS = 128  # one warp group
 ROWS = 64  # rows of one block of weights: the M of wgmma
@@ -292,8 +303,8 @@ class TileRing:
         turns = I32(tiles)
         if cutlass.const_expr(self.wgmma and tiles == 1):
             # Of a loop of one turn the compiler makes no loop, and sets acc to zero behind the fence of the wgmma that
-            # adds to it. The grid is one CTA deep, which it does not know.
-            turns += cute.arch.block_idx()[2]
+            # adds to it.
+            turns += opaque_zero()
         for tile in cutlass.range(turns, unroll=1):
             self.wait_for_tile()
             ahead = tile + (self.stages - 1)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import cutlass
 import cutlass.cute as cute
 
-from .primitives import BF16, F32, I32, I64, reduce_add, reduce_add_vector, vector
+from .primitives import BF16, F32, I32, I64, opaque_zero, reduce_add, reduce_add_vector, vector
 from .routing import PairTable
 from .row_ring import RowRing
 
@@ -41,9 +41,9 @@ class TokenSums(RowRing):
         self, sums, first_unit: cutlass.Constexpr, units: cutlass.Constexpr, tokens, count, warp, lane, accum
     ):
         """Adds units of sums to accum and clears them. Lane: tokens 2(lane % 4) + c, columns lane // 4 + 8h."""
-        # Of a grid one CTA deep, which the compiler does not know. Without this addition it keeps the sums in the order
-        # in which they are added here, and moves them for every MMA.
-        zero = F32(cute.arch.block_idx()[2])
+        # Without adding this zero the compiler keeps the sums in the order in which they are added here, and moves them
+        # for every MMA.
+        zero = F32(opaque_zero())
         first_column = (warp * self.row_units + first_unit) * 32 + lane // 4 * 4
         for c in cutlass.range_constexpr(2):
             slot = (lane % 4) * 2 + c

@@ -81,7 +81,7 @@ class Atomics:
             at = np.arange(len(sub)) if sel is None else sel
             who = ids[sub[at]]
             if returns and order in ("acquire", "acq_rel", "sc") and scope != "cta":
-                self.m.grid_wait(who[self.m.memory.of_preceding_launch(region, off, size)])
+                self._acquire_of_preceding(region, off, who, size * count)
             ok = self.m.memory.check(region, off, who, size * count, "atomic", idx)
             if ok is not None:
                 off, at, who = off[ok], at[ok], who[ok]
@@ -224,15 +224,16 @@ class Atomics:
                 else:
                     self._defer(a, s)
 
-    def acquire_of_preceding(
-        self, space: str, addr: np.ndarray, ids: np.ndarray, pm: np.ndarray | None, size: int
-    ) -> None:
-        """Before a load that acquires: of what the preceding launch wrote, it counts as griddepcontrol.wait."""
+    def before_acquire(self, space: str, addr: np.ndarray, ids: np.ndarray, pm: np.ndarray | None, size: int) -> None:
+        """Before a load that acquires, at more than CTA scope."""
         if pm is not None:
             addr, ids = addr[pm], ids[pm]
         for region, off, sel in self.m.memory.resolve(space, addr, ids) if len(ids) else ():
-            who = ids if sel is None else ids[sel]
-            self.m.grid_wait(who[self.m.memory.of_preceding_launch(region, off, size)])
+            self._acquire_of_preceding(region, off, ids if sel is None else ids[sel], size)
+
+    def _acquire_of_preceding(self, region: Region, off: np.ndarray, who: np.ndarray, size: int) -> None:
+        """An acquire of what the preceding launch wrote counts as griddepcontrol.wait."""
+        self.m.grid_wait(who[self.m.memory.of_preceding_launch(region, off, size)])
 
     def _defer(self, agent: int, snapshot: int) -> None:
         """Seen without acquiring: the next fence of the agent takes it over."""

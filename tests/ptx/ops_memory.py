@@ -68,12 +68,11 @@ def load(e: Emitter, x: Instruction, m: Mods) -> None:
     strong = order not in (None, "weak")
     if order in ("release", "acq_rel", "sc"):
         raise Unsupported(f".{order} load")
-    del scope
     addr, v = _address(e, space, a), e.var()
     where = e.var()
     e.line(f"{where} = {addr}")
-    if order == "acquire":
-        e.line(f"S.atomics.acquire_of_preceding({space!r}, {where}, ids, {e.mask}, {size * count})")
+    if order == "acquire" and scope != "cta":
+        e.line(f"S.atomics.before_acquire({space!r}, {where}, ids, {e.mask}, {size * count})")
     dead = [e.is_dead(d) for d in dest]
     if any(dead) and not all(dead):
         # the compiler widened the load over bytes it does not use: only the others are checked, one by one
