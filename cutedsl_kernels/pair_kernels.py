@@ -27,26 +27,23 @@ def why_no_pair_kernels(weights: ExpertWeights, activation: str) -> str | None:
 
 
 class PairKernels:
-    """Both kernels for layers of one shape and activation; mapped: with an expert map.
+    """Both kernels for layers of one shape and activation.
 
     Compiles or loads on construction, so not while a CUDA graph is captured; RuntimeError where the DSL refuses.
     """
 
-    def __init__(self, shape: MoEShape, activation: str, mapped: bool) -> None:
-        self.shape, self.mapped = shape, mapped
-        self._activate, self._sum = (compile_kernel(spec) for spec in pair_specs(shape, activation, mapped))
+    def __init__(self, shape: MoEShape, activation: str) -> None:
+        self._activate, self._sum = (compile_kernel(spec) for spec in pair_specs(shape, activation))
 
     def activate(
-        self, gate_up: torch.Tensor, topk_ids: torch.Tensor, expert_map: torch.Tensor | None, out: torch.Tensor
+        self, gate_up: torch.Tensor, topk_ids: torch.Tensor, expert_map: torch.Tensor, out: torch.Tensor
     ) -> None:
         """out [P, I] = act(gate) * up from gate_up [P, 2I], both bf16 and contiguous, for pairs whose expert topk_ids
-        [P] int32 is here: not negative, and sent to one that is not by expert_map [E_global] int32 (given if mapped).
+        [P] int32 is here: not negative, and sent to one that is not by expert_map [E_global] int32.
         Rows of other pairs are neither read nor written.
         """
         self._activate(gate_up, topk_ids, expert_map, out)
 
-    def sum(
-        self, pairs: torch.Tensor, topk_ids: torch.Tensor, expert_map: torch.Tensor | None, out: torch.Tensor
-    ) -> None:
+    def sum(self, pairs: torch.Tensor, topk_ids: torch.Tensor, expert_map: torch.Tensor, out: torch.Tensor) -> None:
         """out [T, H] = the sum of the rows of pairs [T, k, H] whose expert topk_ids [T, k] is here, both bf16."""
         self._sum(pairs, topk_ids, expert_map, out)

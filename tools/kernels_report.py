@@ -56,7 +56,7 @@ def main() -> None:
     options = parser.parse_args()
     layers = default_specs(every=options.all)
     dense = list(dense_path_specs().items())
-    layers |= dict(dense if options.all else dense[:4])
+    layers |= dict(dense if options.all else dense[:2])
     print_table(inspect_in_parallel(layers, options.processes), layers)
 
 

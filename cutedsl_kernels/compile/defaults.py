@@ -60,10 +60,9 @@ def default_specs(hidden_size: int | None = None, every: bool = False) -> dict[K
 
 
 def dense_path_specs() -> dict[KernelSpec, list[str]]:
-    """Kernel -> names of the layers whose dense path uses it, with an expert map and without."""
+    """Kernel -> names of the layers whose dense path uses it."""
     found: dict[KernelSpec, list[str]] = {}
     for name, shape, model in known_shapes():
-        for mapped in (False, True):
-            for spec in pair_specs(shape, model.activation, mapped):
-                found.setdefault(spec, []).append(name)
+        for spec in pair_specs(shape, model.activation):
+            found.setdefault(spec, []).append(name)
     return found

@@ -131,11 +131,11 @@ ACTIVATE_PAIRS = "cutedsl_kernels.kernels.kept_pairs:ActivatePairs"
 SUM_PAIRS = "cutedsl_kernels.kernels.kept_pairs:SumPairs"
 
 
-def pair_specs(shape: MoEShape, activation: str, mapped: bool) -> tuple[KernelSpec, KernelSpec]:
-    """Specs of ActivatePairs and SumPairs; mapped: they take an expert map."""
+def pair_specs(shape: MoEShape, activation: str) -> tuple[KernelSpec, KernelSpec]:
+    """Specs of ActivatePairs and SumPairs."""
     return (
-        KernelSpec.of(ACTIVATE_PAIRS, intermediate_size=shape.intermediate_size, activation=activation, mapped=mapped),
-        KernelSpec.of(SUM_PAIRS, hidden_size=shape.hidden_size, top_k=shape.top_k, mapped=mapped),
+        KernelSpec.of(ACTIVATE_PAIRS, intermediate_size=shape.intermediate_size, activation=activation),
+        KernelSpec.of(SUM_PAIRS, hidden_size=shape.hidden_size, top_k=shape.top_k),
     )
 
 
@@ -221,7 +221,7 @@ def _activate_arguments(fakes: Fakes, spec: Mapping[str, Any]) -> list[Any]:
     return [
         fakes.tensor(fakes.bf16, pairs, 2 * inter),
         fakes.tensor(fakes.i32, pairs, align=4),
-        fakes.tensor(fakes.i32, fakes.symbol("global experts"), align=4) if spec["mapped"] else None,
+        fakes.tensor(fakes.i32, fakes.symbol("global experts"), align=4),
         fakes.tensor(fakes.bf16, pairs, inter),
     ]
 
@@ -231,7 +231,7 @@ def _sum_arguments(fakes: Fakes, spec: Mapping[str, Any]) -> list[Any]:
     return [
         fakes.tensor(fakes.bf16, tokens, top_k, hidden),
         fakes.tensor(fakes.i32, tokens, top_k, align=4),
-        fakes.tensor(fakes.i32, fakes.symbol("global experts"), align=4) if spec["mapped"] else None,
+        fakes.tensor(fakes.i32, fakes.symbol("global experts"), align=4),
         fakes.tensor(fakes.bf16, tokens, hidden),
     ]
 

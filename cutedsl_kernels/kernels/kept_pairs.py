@@ -24,18 +24,18 @@ VECTORS = 2  # vectors of 8 columns that a thread of ActivatePairs handles
 
 
 class ActivatePairs:
-    """gate_up [P, 2I] bf16, gate columns first; topk_ids [P] int32; expert_map [E_global] int32, or None unless
-    ``mapped``; out [P, I] bf16. I must be a multiple of 8."""
+    """gate_up [P, 2I] bf16, gate columns first; topk_ids [P] int32; expert_map [E_global] int32; out [P, I] bf16. I
+    must be a multiple of 8."""
 
-    def __init__(self, intermediate_size: int, activation: str, mapped: bool):
-        self.I, self.activation, self.mapped = intermediate_size, activation, mapped
+    def __init__(self, intermediate_size: int, activation: str):
+        self.I, self.activation = intermediate_size, activation
 
     @cute.jit
     def __call__(
         self,
         gate_up: cute.Tensor,
         topk_ids: cute.Tensor,
-        expert_map: cute.Tensor | None,
+        expert_map: cute.Tensor,
         out: cute.Tensor,
         stream: cuda.CUstream,
     ):
@@ -46,7 +46,7 @@ class ActivatePairs:
         )
 
     @cute.kernel
-    def kernel(self, gate_up: cute.Tensor, topk_ids: cute.Tensor, expert_map: cute.Tensor | None, out: cute.Tensor):
+    def kernel(self, gate_up: cute.Tensor, topk_ids: cute.Tensor, expert_map: cute.Tensor, out: cute.Tensor):
         thread, _, _ = cute.arch.thread_idx()
         cta, _, _ = cute.arch.block_idx()
         columns = self.I // 8
@@ -77,15 +77,15 @@ class SumPairs:
     """pairs [T, k, H] bf16, routing weights already in; topk_ids [T, k] int32; expert_map as above; out [T, H] bf16,
     zero for a token without a pair. H must be a multiple of 8. One thread: 8 columns of a token."""
 
-    def __init__(self, hidden_size: int, top_k: int, mapped: bool):
-        self.H, self.top_k, self.mapped = hidden_size, top_k, mapped
+    def __init__(self, hidden_size: int, top_k: int):
+        self.H, self.top_k = hidden_size, top_k
 
     @cute.jit
     def __call__(
         self,
         pairs: cute.Tensor,
         topk_ids: cute.Tensor,
-        expert_map: cute.Tensor | None,
+        expert_map: cute.Tensor,
         out: cute.Tensor,
         stream: cuda.CUstream,
     ):
@@ -95,7 +95,7 @@ class SumPairs:
         )
 
     @cute.kernel
-    def kernel(self, pairs: cute.Tensor, topk_ids: cute.Tensor, expert_map: cute.Tensor | None, out: cute.Tensor):
+    def kernel(self, pairs: cute.Tensor, topk_ids: cute.Tensor, expert_map: cute.Tensor, out: cute.Tensor):
         thread, _, _ = cute.arch.thread_idx()
         cta, _, _ = cute.arch.block_idx()
         columns = self.H // 8

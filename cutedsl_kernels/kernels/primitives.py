@@ -86,7 +86,7 @@ def in_vector_register(address):
 
 
 def opaque_zero():
-    """0, as a number that the compiler does not know: the z coordinate of a CTA. All grids that use it are one CTA deep."""
+    """0, as a number that the compiler does not know: a CTA's z coordinate, in a grid that is one CTA deep."""
     return cute.arch.block_idx()[2]
 
 

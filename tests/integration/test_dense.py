@@ -74,25 +74,20 @@ def activate(activation: str, out: torch.Tensor, gate_up: torch.Tensor) -> None:
 class Kernels:
     """What pair_kernels.PairKernels computes; rows of other pairs hold NaN, as memory nobody wrote may."""
 
-    def __init__(self, activation: str, mapped: bool) -> None:
-        self.activation, self.mapped = activation, mapped
+    def __init__(self, activation: str) -> None:
+        self.activation = activation
 
-    def here(self, topk_ids: torch.Tensor, expert_map: torch.Tensor | None) -> torch.Tensor:
-        assert (expert_map is not None) == self.mapped
-        if expert_map is None:
-            return topk_ids >= 0
+    def here(self, topk_ids: torch.Tensor, expert_map: torch.Tensor) -> torch.Tensor:
         known = (topk_ids >= 0) & (topk_ids < len(expert_map))
         return known & (expert_map[topk_ids.clamp(0, len(expert_map) - 1).long()] >= 0)
 
     def activate(
-        self, gate_up: torch.Tensor, topk_ids: torch.Tensor, expert_map: torch.Tensor | None, out: torch.Tensor
+        self, gate_up: torch.Tensor, topk_ids: torch.Tensor, expert_map: torch.Tensor, out: torch.Tensor
     ) -> None:
         activate(self.activation, out, gate_up)
         out[~self.here(topk_ids, expert_map)] = float("nan")
 
-    def sum(
-        self, pairs: torch.Tensor, topk_ids: torch.Tensor, expert_map: torch.Tensor | None, out: torch.Tensor
-    ) -> None:
+    def sum(self, pairs: torch.Tensor, topk_ids: torch.Tensor, expert_map: torch.Tensor, out: torch.Tensor) -> None:
         here = self.here(topk_ids, expert_map)
         out.copy_(torch.where(here.unsqueeze(2), pairs.float(), 0.0).sum(1))
 
@@ -120,8 +115,8 @@ def test_gpt_oss_layers(
     options = {"activation": "swigluoai", "sparsity": 0.0, "biases": biases} | changes
     case = random_problem(seed, num_tokens=num_tokens, **sizes, **options)
     state = LayerState("layer", case.weights, 2, case.activation, False, case.thresholds, rho=case.pair_threshold)
-    if kernels:
-        state.pair_kernels = Kernels(case.activation, bool(changes))  # type: ignore[assignment]
+    if kernels and changes:  # else nothing is left out, and none are loaded
+        state.pair_kernels = Kernels(case.activation)  # type: ignore[assignment]
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *args, **options: empty(*args, **options).fill_(float("nan")))
     experts = 16 if case.expert_map is None else case.expert_map.numel()
