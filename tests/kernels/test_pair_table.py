@@ -43,12 +43,15 @@ def test_shares_cover_all_items_and_are_equal_in_work(
         flat = topk_ids.flatten().numpy()
         pairs = pairs[flat[np.sort(np.unique(flat, return_index=True)[1])]]
     blocks = [min(8, count - rank) for count in pairs for rank in range(0, count, 8)]
-    work = np.repeat([1 + 0.8 * (1 - 0.845**size) for size in blocks], tiles)
+    # in whole units, of which an item without active rows has 32: each item may differ from the formula by 1/64
+    work = np.repeat([round(32 * (1 + 0.8 * (1 - 0.845**size))) for size in blocks], tiles)
     assert found[0, 0] == 0
     assert found[-1, 1] == len(work)
     assert (found[1:, 0] == found[:-1, 1]).all()
     done = np.array([work[first:end].sum() for first, end in found])
-    assert abs(done - work.sum() / ctas).max() < work.max() * 1.05  # of rounding: an item at either end, 3 % of work
+    # A share begins with the item in which its part of all work begins, so each end is off by less than an item, in the
+    # same direction; one unit more for the division, which is in fp32.
+    assert abs(done - work.sum() / ctas).max() < work.max() + 1
 
 
 def test_no_pair_no_share(run_ptx) -> None:
