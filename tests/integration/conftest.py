@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import sys
 import sysconfig
@@ -38,6 +39,21 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]
 def library_text() -> Callable[[str], Path]:
     """A source file of Python's standard library: text that every machine has."""
     return lambda name: Path(sysconfig.get_path("stdlib")) / name
+
+
+@pytest.fixture
+def method_log() -> Iterator[list[str]]:
+    """Messages of this method. By a filter: every vLLM engine may configure logging anew, which removes handlers."""
+    messages: list[str] = []
+
+    def keep(record: logging.LogRecord) -> bool:
+        messages.append(record.getMessage())
+        return True
+
+    logger = logging.getLogger("vllm.cutedsl_kernels")
+    logger.addFilter(keep)
+    yield messages
+    logger.removeFilter(keep)
 
 
 @pytest.fixture
