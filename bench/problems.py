@@ -21,7 +21,7 @@ ROUTINGS = ("uniform", "zipf")
 ZIPF_EXPONENT = 1.0
 L2_BYTES = 60e6
 CHECKED_TOKENS = 32  # per counted call
-GATE_ROUNDING = 2.0**-8  # relative; one unit in the last place of a bf16 gate
+GATE_ROUNDING = 2.0**-8  # a unit in the last place of bf16, relative to a gate's terms (x.w, bias) and to act(g)
 COLD_FACTOR = 4  # bytes touched between two uses of the same weight copy, in units of L2
 
 
@@ -210,12 +210,14 @@ class Batch:
 
 @dataclass(frozen=True)
 class PairGates:
-    """Gate values of one call's pairs, sorted by expert: expert, token [P] int64; r [P]; g [P, I] fp32."""
+    """Gate values of one call's pairs, sorted by expert: expert, token [P] int64; r [P]; g [P, I] fp32, with the bias
+    [E, I] of the weights' dtype already in it."""
 
     expert: torch.Tensor
     token: torch.Tensor
     r: torch.Tensor
     g: torch.Tensor
+    bias: torch.Tensor | None
 
     def scores(self, activation: str, rule: Rule, rows: torch.Tensor | None = None) -> torch.Tensor:
         """What is compared with tau, [P, I] or the rows asked for."""
@@ -224,11 +226,15 @@ class PairGates:
         return a * r.unsqueeze(1) if rule.router_weighted else a
 
     def score_range(self, activation: str, rule: Rule, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Smallest and largest score when g is off by GATE_ROUNDING; [rows, I] each."""
+        """Smallest and largest score when g and act(g) are off by GATE_ROUNDING; [rows, I] each.
+
+        A back end may round x.w before it adds the bias, and what is left of the two can be much smaller than either.
+        """
         g, r = self.g[rows], self.r[rows].unsqueeze(1)
-        reach = GATE_ROUNDING * g.abs() + 1e-5
+        terms = g.abs() if self.bias is None else g.abs() + self.bias[self.expert[rows]].abs().float()
+        reach = GATE_ROUNDING * terms + 1e-5
         ends = torch.stack([gate_activation(g + d, activation).abs() for d in (-reach, 0 * reach, reach)])
-        low, high = ends.amin(0), ends.amax(0)
+        low, high = ends.amin(0) * (1 - GATE_ROUNDING), ends.amax(0) * (1 + GATE_ROUNDING)
         return (low * r, high * r) if rule.router_weighted else (low, high)
 
 
@@ -238,6 +244,7 @@ def _gates_of(batch: Batch, call: LayerInputs) -> PairGates:
     r = call.topk_weights.flatten()[order]
     inter = batch.shape.intermediate_size
     gate = torch.empty(len(experts), inter, dtype=torch.float32, device=r.device)
+    bias = None if call.weights.w13_bias is None else call.weights.w13_bias[:, :inter]
     ids, sizes = torch.unique_consecutive(experts, return_counts=True)
     first = 0
     for e, size in zip(ids.tolist(), sizes.tolist(), strict=True):
@@ -246,10 +253,10 @@ def _gates_of(batch: Batch, call: LayerInputs) -> PairGates:
         if batch.router_weight_on_input:
             x = (x.float() * r[rows].unsqueeze(1)).to(x.dtype)
         gate[rows] = x.float() @ call.weights.w13[e, :inter].float().t()
-        if call.weights.w13_bias is not None:
-            gate[rows] += call.weights.w13_bias[e, :inter].float()
+        if bias is not None:
+            gate[rows] += bias[e].float()
         first += size
-    return PairGates(experts, token, r, gate)
+    return PairGates(experts, token, r, gate, bias)
 
 
 def _quantile(values: torch.Tensor, share: float) -> float:
@@ -335,7 +342,8 @@ def make_batch(
         else:
             r = torch.softmax(torch.randn(num_tokens, top_k, device=device, generator=gen), dim=1)
         made.append(LayerInputs(own.to(dtype), r, ids, layers[i % len(layers)]))
-    counted = sorted({round(i * (calls - 1) / max(1, counted_calls - 1)) for i in range(min(counted_calls, calls))})
+    steps = min(counted_calls, calls)
+    counted = sorted({round(i * (calls - 1) / max(1, steps - 1)) for i in range(steps)})
     return Batch(shape, num_tokens, activation, router_weight_on_input, made, counted)
 
 

@@ -33,6 +33,15 @@ def test_the_back_end_passes(rule: Rule, on_input: bool, biases: bool, seed: int
     assert 0 < error < 0.02
 
 
+@pytest.mark.parametrize("seed", [22, 36, 138])  # where thresholds once lay between scores of two ways to round
+def test_a_gate_may_be_rounded_before_its_bias_is_added(seed: int) -> None:
+    rule = Rule(0.9, 0.35, True)
+    for on_input in (False, True):
+        batch = batch_of(seed, True, router_weight_on_input=on_input, activation="swigluoai")
+        cutoffs = batch.cutoffs(rule)
+        check(prepare(sparse_calls(batch, cutoffs, Plan("cpu")), "cpu"), expectations(batch, cutoffs))
+
+
 @pytest.mark.parametrize("baseline", [TorchDense(), TorchGroupedMM()], ids=lambda b: b.name)
 @pytest.mark.parametrize("on_input", [False, True])
 def test_baselines_compute_the_dense_layer(baseline: TorchDense, on_input: bool, seed: int) -> None:
