@@ -13,7 +13,7 @@ from cutedsl_kernels.kernels.routing import PairTable
 class Shares:
     def __init__(self, experts: int, top_k: int, tiles: int, ctas: int, threads: int):
         self.ctas, self.threads = ctas, threads
-        self.table = PairTable(experts, top_k, 1024, 8, tiles, threads, has_expert_map=False)
+        self.table = PairTable(experts, top_k, 4096, 8, tiles, threads, has_expert_map=False)
 
     @cute.jit
     def __call__(self, ids: cute.Tensor, weights: cute.Tensor, out: cute.Tensor, stream: cuda.CUstream):

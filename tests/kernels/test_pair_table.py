@@ -26,7 +26,14 @@ def shares(run_ptx, topk_ids: torch.Tensor, experts: int, tiles: int, ctas: int,
 
 @pytest.mark.parametrize(
     ("tokens", "top_k", "experts", "ctas", "threads"),
-    [(1, 2, 4, 5, 128), (4, 8, 64, 7, 128), (40, 8, 64, 13, 128), (100, 8, 300, 132, 256), (3, 30, 700, 132, 384)],
+    [
+        (1, 2, 4, 5, 128),
+        (4, 8, 64, 7, 128),
+        (40, 8, 64, 13, 128),
+        (100, 8, 300, 132, 256),
+        (3, 30, 700, 132, 384),
+        (512, 8, 200, 132, 384),  # as many pairs as a launch may have
+    ],
 )
 @pytest.mark.parametrize("crowded", [False, True])
 def test_shares_cover_all_items_and_are_equal_in_work(
