@@ -160,7 +160,8 @@ class Tuner:
         spreads: dict[Plan, float] = {}
         finalists = [plan for plan, _ in timed[:FINALISTS]]
         near = choose(results, dict.fromkeys(results, LARGEST_TIE))
-        for plan in dict.fromkeys([*finalists, near or Plan("dense"), Plan("dense")]):
+        assert near is not None  # some plan has a time
+        for plan in dict.fromkeys([*finalists, near, Plan("dense")]):
             if results[plan].us is None or time.monotonic() > self._deadline:
                 continue
             results[plan], spreads[plan] = self._measure(where, plan, None, precise=True)

@@ -124,8 +124,7 @@ class Batch:
     @property
     def checked_tokens(self) -> list[int]:
         """Tokens of a counted call whose results are compared with the reference: CHECKED_TOKENS from first to last."""
-        steps = min(CHECKED_TOKENS, self.num_tokens)
-        return sorted({round(i * (self.num_tokens - 1) / max(1, steps - 1)) for i in range(steps)})
+        return _spread(CHECKED_TOKENS, self.num_tokens)
 
     def cutoffs(self, rule: Rule) -> Cutoffs:
         """Thresholds at quantiles of this batch's own routing weights and scores; 0 for what the rule does not use."""
@@ -259,6 +258,12 @@ def _gates_of(batch: Batch, call: LayerInputs) -> PairGates:
     return PairGates(experts, token, r, gate, bias)
 
 
+def _spread(count: int, size: int) -> list[int]:
+    """``count`` of the numbers 0 .. size - 1 at even distances, from first to last; all where there are no more."""
+    steps = min(count, size)
+    return [round(i * (size - 1) / max(1, steps - 1)) for i in range(steps)]
+
+
 def _quantile(values: torch.Tensor, share: float) -> float:
     """The value below which ``share`` of ``values`` lies."""
     index = min(max(round(share * values.numel()), 1), values.numel() - 1) if values.numel() > 1 else 1
@@ -342,9 +347,7 @@ def make_batch(
         else:
             r = torch.softmax(torch.randn(num_tokens, top_k, device=device, generator=gen), dim=1)
         made.append(LayerInputs(own.to(dtype), r, ids, layers[i % len(layers)]))
-    steps = min(counted_calls, calls)
-    counted = sorted({round(i * (calls - 1) / max(1, steps - 1)) for i in range(steps)})
-    return Batch(shape, num_tokens, activation, router_weight_on_input, made, counted)
+    return Batch(shape, num_tokens, activation, router_weight_on_input, made, _spread(counted_calls, calls))
 
 
 def route(gen: torch.Generator, routing: str, num_tokens: int, num_experts: int, top_k: int) -> torch.Tensor:

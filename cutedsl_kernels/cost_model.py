@@ -179,5 +179,5 @@ def _staged_us(
     memory_us = weights / (gpu.copy_gbps * 1e3 * STAGED_COPY_SHARES[config.token_block])
     compute_us = flops / (gpu.dense_tflops * 1e6 * STAGED_TFLOPS_SHARE)
     ctas = experts * blocks * -(-shape.intermediate_size // 64)
-    launches_us = STAGED_FIXED_US[config.overlap] + STAGED_RAMP_US * min(1.0, 4 * gpu.num_sms / ctas if ctas else 1.0)
+    launches_us = STAGED_FIXED_US[config.overlap] + STAGED_RAMP_US * min(1.0, 4 * gpu.num_sms / max(1.0, ctas))
     return launches_us + overlapping_us(memory_us, compute_us, STAGED_OVERLAP)

@@ -23,23 +23,24 @@ def batch_of(seed: int, biases: bool = False, **options: object) -> Batch:
     return make_batch(weights, SHAPE.top_k, 9, calls=4, seed=seed, **options)
 
 
+def back_end_error(rule: Rule, on_input: bool, biases: bool, seed: int) -> float:
+    """Largest error of the CPU back end; WrongResult beyond tolerance."""
+    batch = batch_of(seed, biases, router_weight_on_input=on_input, activation="swigluoai" if biases else "silu")
+    cutoffs = batch.cutoffs(rule)
+    return check(prepare(sparse_calls(batch, cutoffs, Plan("cpu")), "cpu"), expectations(batch, cutoffs))
+
+
 @pytest.mark.parametrize("rule", [Rule(), Rule(0.85), Rule(0.9, 0.35, True)], ids=str)
 @pytest.mark.parametrize("biases", [False, True], ids=["", "biases"])
 @pytest.mark.parametrize("on_input", [False, True])
 def test_the_back_end_passes(rule: Rule, on_input: bool, biases: bool, seed: int) -> None:
-    batch = batch_of(seed, biases, router_weight_on_input=on_input, activation="swigluoai" if biases else "silu")
-    cutoffs = batch.cutoffs(rule)
-    error = check(prepare(sparse_calls(batch, cutoffs, Plan("cpu")), "cpu"), expectations(batch, cutoffs))
-    assert 0 < error < 0.02
+    assert 0 < back_end_error(rule, on_input, biases, seed) < 0.02
 
 
 @pytest.mark.parametrize("seed", [22, 36, 138])  # where thresholds once lay between scores of two ways to round
 def test_a_gate_may_be_rounded_before_its_bias_is_added(seed: int) -> None:
-    rule = Rule(0.9, 0.35, True)
     for on_input in (False, True):
-        batch = batch_of(seed, True, router_weight_on_input=on_input, activation="swigluoai")
-        cutoffs = batch.cutoffs(rule)
-        check(prepare(sparse_calls(batch, cutoffs, Plan("cpu")), "cpu"), expectations(batch, cutoffs))
+        back_end_error(Rule(0.9, 0.35, True), on_input, True, seed)
 
 
 @pytest.mark.parametrize("baseline", [TorchDense(), TorchGroupedMM()], ids=lambda b: b.name)
