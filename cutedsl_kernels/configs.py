@@ -87,8 +87,8 @@ class FusedConfig:
         sums = 4 * TOKEN_BLOCK * (self.gate_warps * self.tile_neurons + self.updown_warps * 8)
         queue = LIST_QUEUE * self.tile_neurons * (4 * TOKEN_BLOCK + 4)
         tokens = (8 * TOKEN_BLOCK + 4) * (self.num_threads // 32)  # and a partial sum of the table's
-        table = 2 * (self.max_pairs + max_blocks(self.max_pairs, num_experts)) + 4 * (num_experts + 2)
-        return rings + sums + queue + tokens + table + 1024
+        table = 2 * (self.max_pairs + max_blocks(self.max_pairs, num_experts)) + 4 * (num_experts + 3)
+        return rings + sums + queue + tokens + table + 4 * self.gate_stages + 1024
 
 
 @dataclass(frozen=True)
@@ -257,7 +257,7 @@ def _illegal_fused(config: FusedConfig, shape: MoEShape, num_tokens: int | None)
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
             return f"{name} is {getattr(config, name)}, must be one of {allowed}"
-    multiple = max(config.stage_rows, 4 * config.gate_warps)
+    multiple = max(config.stage_rows, 2 * config.gate_warps)
     if not 8 <= config.tile_neurons <= 128 or config.tile_neurons % multiple:
         return f"tile_neurons is {config.tile_neurons}, must be 8..128 and a multiple of {multiple}"
     for name in ("gate_stages", "row_stages"):
@@ -297,8 +297,10 @@ def _fused_space(shape: MoEShape, num_tokens: int) -> Iterator[FusedConfig]:
     capacity = pair_capacity(shape, num_tokens)
     if capacity is None:
         return
+    # Tiles of 8 gain where some CTAs have one item of 16 and others two (docs/kernels-fused.md).
+    tiles = (16, 8, 32, 64, 128) if num_tokens == 1 else (16, 32, 64, 128)
     for tile, stage_rows, gate_warps, updown_warps, row_stages, keep_sums in itertools.product(
-        (16, 32, 64, 128), (8, 16), (4, 8), (8, 16, 4), (2, 3, 4, 1), (1, 0)
+        tiles, (8, 16), (4, 8), (8, 16, 4), (2, 3, 4, 1), (1, 0)
     ):
         config = FusedConfig(
             tile_neurons=tile,

@@ -156,7 +156,8 @@ def _fused_us(
     moved = layer_bytes(shape, num_tokens, sparsity, pair_skip)
     blocks = blocks_per_expert(num_tokens * share, TOKEN_BLOCK)  # every further block of tokens reads the rows again
     seconds_us = (moved.gate + moved.up_down) * blocks + moved.tokens
-    per_item_us = 0.05  # barriers and list: what a work item costs beside its bytes
+    # Barriers and list: what a work item costs beside its bytes; tiles of 8 as measured, docs/kernels-fused.md.
+    per_item_us = 0.05 if config.tile_neurons > 8 else 0.15
     transfer = seconds_us / (gpu.copy_gbps * 1e3 * min(FUSED_MOST, FUSED_COPY_SHARE * covered) * balance)
     first_tile_us = gpu.num_sms * config.tile_neurons * 2 * shape.hidden_size / (gpu.copy_gbps * 1e3)
     per_cta_us = per_item_us * max(1.0, waves) + FUSED_BLOCK_US * experts * blocks / gpu.num_sms

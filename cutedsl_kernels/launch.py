@@ -29,6 +29,7 @@ from .weights import ExpertWeights
 ASSUMED_SPARSITY = 0.8
 ASSUMED_PAIR_SKIP = 0.2
 REMEMBERED_SCALARS = 256
+COUNTERS = 1024  # beside one for each token: one for every two CTAs of a launch
 ALIGNMENT = 256  # bytes, of every buffer in a workspace
 
 
@@ -260,7 +261,7 @@ def threshold_table(thresholds: torch.Tensor | float, shape: MoEShape, device: t
 
 @dataclass(frozen=True)
 class Scratch:
-    """Zero between launches: the kernels clean up behind themselves. accum [rows, H] fp32, counters [rows] int32."""
+    """accum [rows, H] fp32, counters [rows + COUNTERS] int32. Zero between launches: kernels clean up behind them."""
 
     accum: torch.Tensor
     counters: torch.Tensor
@@ -280,7 +281,7 @@ def scratch_for(device: torch.device, num_tokens: int, hidden_size: int) -> Scra
     """Scratch of the current stream for ``num_tokens`` tokens or more; NotWarm if a capture would have to make it."""
     key = (device, _stream_of(device), hidden_size)
     found = _scratch.get(key)
-    if found is not None and found.counters.shape[0] >= num_tokens:
+    if found is not None and found.accum.shape[0] >= num_tokens:
         return found
     _refuse_capture("scratch memory to allocate")
     rows = 1 << max(6, (num_tokens - 1).bit_length())
@@ -288,7 +289,7 @@ def scratch_for(device: torch.device, num_tokens: int, hidden_size: int) -> Scra
         _retired.append(found)
     _scratch[key] = Scratch(
         torch.zeros(rows, hidden_size, dtype=torch.float32, device=device),
-        torch.zeros(rows, dtype=torch.int32, device=device),
+        torch.zeros(rows + COUNTERS, dtype=torch.int32, device=device),
     )
     return _scratch[key]
 

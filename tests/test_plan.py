@@ -69,7 +69,7 @@ def test_damaged_plans_are_refused(data: Any) -> None:
 @pytest.mark.parametrize(
     ("plan", "reason"),
     [
-        (fused(tile_neurons=24), "tile_neurons is 24"),
+        (fused(tile_neurons=20), "tile_neurons is 20"),
         (fused(tile_neurons=256), "tile_neurons is 256"),
         (fused(gate_warps=3), "gate_warps is 3"),
         (fused(gate_stages=0), "gate_stages is 0"),

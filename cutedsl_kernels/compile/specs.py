@@ -170,7 +170,7 @@ class Fakes:
 
 def _fused_arguments(fakes: Fakes, spec: Mapping[str, Any]) -> list[Any]:
     experts, inter, hidden = spec["num_experts"], spec["intermediate_size"], spec["hidden_size"]
-    tokens, rows = fakes.symbol("T"), fakes.symbol("scratch rows")
+    tokens = fakes.symbol("T")
     return [
         fakes.tensor(fakes.bf16, tokens, hidden),
         fakes.tensor(fakes.bf16, experts, 2 * inter, hidden),
@@ -180,8 +180,8 @@ def _fused_arguments(fakes: Fakes, spec: Mapping[str, Any]) -> list[Any]:
         fakes.tensor(fakes.f32, tokens, spec["top_k"], align=4),
         fakes.tensor(fakes.i32, fakes.symbol("global experts"), align=4),
         *fakes.biases(spec),
-        fakes.tensor(fakes.f32, rows, hidden),
-        fakes.tensor(fakes.i32, rows, align=4),
+        fakes.tensor(fakes.f32, fakes.symbol("sums"), hidden),
+        fakes.tensor(fakes.i32, fakes.symbol("counters"), align=4),
         fakes.tensor(fakes.bf16, tokens, hidden),
         fakes.f32(0.0),
         fakes.i32(1),

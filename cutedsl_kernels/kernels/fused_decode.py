@@ -5,7 +5,8 @@ Work and order
 A *block* is up to 8 pairs (tokens) of one expert; an *item* is one block times one tile of ``tile_neurons`` neurons.
 Items are numbered block by block, and CTA c of a persistent grid (one CTA per SM) takes a contiguous share of them, as
 much work as any other (routing.py): tiles of one block mostly stay on one CTA, which then adds to the output once per
-block instead of once per tile.
+block instead of once per tile. Some SMs are a tenth faster than others, and active neurons are not known beforehand:
+two neighbours share a range of items, start at its ends, and meet where a counter says (gate_producer).
 
 One CTA, four roles that run side by side and meet only at mbarriers. Each group of warps takes its own share of the
 registers (setmaxnreg):
@@ -28,7 +29,7 @@ to ``counters[token]``; the one that completes the count (pairs of the token x t
 accum and counters zero for the next launch. No CTA ever waits for another one.
 
 Biases, where the experts have them: the gate's is added with the partial sums, the up projection's goes through the
-queue beside the list, the down projection's (times r) is added to accum by whoever enters a block at its first item.
+queue beside the list, the down projection's (times r) is added to accum by whoever has a block's first item.
 
 Bytes from HBM: per block of m <= 8 tokens 2H (I + 2 |union of active neurons|), x and y besides. An expert with more
 than 8 tokens has several blocks, each of which reads its gate rows again: from about 4 tokens an expert on, the staged
@@ -69,6 +70,7 @@ from .routing import PairTable
 from .token_sums import ROW_BARRIER, TokenSums
 
 GATE_BARRIER = 1  # a named barrier; 0 is the CTA's
+LAST = 1 << 16  # added to the size of a CTA's last list; more than any size
 SLOTS = 8  # K of the down MMA: active rows that one pass of it takes at most
 TOKENS = TOKEN_BLOCK  # the N of the MMAs
 
@@ -141,8 +143,8 @@ class FusedDecode(TokenSums):
     ):
         """hidden_states [T, H] bf16, w13 [E, 2I, H] bf16, w2_rows [E, I, H] bf16, thresholds [E, I] fp32, topk_ids
         [T, k] int32, topk_weights [T, k] fp32, expert_map [E_global] int32 (unused without has_expert_map), w13_bias
-        [E, 2I] and w2_bias [E, H] bf16 (None without has_bias), accum [>= T, H] fp32 and counters [>= T] int32, zero on
-        entry and on exit, out [T, H] bf16."""
+        [E, 2I] and w2_bias [E, H] bf16 (None without has_bias), accum [>= T, H] fp32 and counters [>= T + num_ctas / 2]
+        int32 (of the tokens, then of each two CTAs), zero on entry and on exit, out [T, H] bf16."""
         self.kernel(
             hidden_states,
             w13,
@@ -196,6 +198,7 @@ class FusedDecode(TokenSums):
         list_size = smem.allocate_tensor(I32, cute.make_layout((LIST_QUEUE,)), 16)
         warp_counts = smem.allocate_tensor(I32, cute.make_layout((self.gate_warps,)), 16)
         complete = smem.allocate_tensor(I32, cute.make_layout((TOKENS,)), 16)
+        last_item = smem.allocate_tensor(I32, cute.make_layout((self.gate_stages,)), 16)  # LAST with its rows, else 0
         all_tokens = self.matrix(smem, I32, self.warps, TOKENS)
         all_weights = self.matrix(smem, F32, self.warps, TOKENS)
         table = self.table.allocate(smem)
@@ -225,28 +228,29 @@ class FusedDecode(TokenSums):
         self.table.build(topk_ids, topk_weights, expert_map, pair_threshold, table, thread)
         cute.arch.griddepcontrol_launch_dependents()
 
-        share = (share[0], share[1])
+        course = self.table.course(share)
         tokens = cute.make_tensor(all_tokens.iterator + warp * TOKENS, cute.make_layout((TOKENS,)))
         weights = cute.make_tensor(all_weights.iterator + warp * TOKENS, cute.make_layout((TOKENS,)))
         block_of = (num_pairs, topk_weights, table, tokens, weights, lane)
-        gate, rows = (gate_ring, gate_full, gate_empty), (row_ring, row_full, row_empty)
+        gate, rows = (gate_ring, last_item, gate_full, gate_empty), (row_ring, row_full, row_empty)
         queue = (lists, list_size, coefficients, up_biases, list_full, list_empty)
         if warp >= self.gate_warps + self.row_warps:  # first, so that their code follows the table's without a jump
             self.set_registers(PRODUCER_REGISTERS)
             if warp == self.gate_warps + self.row_warps:
-                self.gate_producer(share, block_expert, w13, gate, lane)
+                claims = counters.iterator + (cute.size(out, mode=[0]) + cta // 2)
+                self.gate_producer(course, claims, block_expert, w13, gate, lane)
             if warp == self.gate_warps + self.row_warps + 1:
-                self.row_producer(share, block_expert, w13, w2_rows, rows, queue, lane)
+                self.row_producer(course, block_expert, w13, w2_rows, rows, queue, lane)
         elif warp < self.gate_warps:
             self.set_registers(self.gate_registers)
-            self.gate_role(share, block_of, x, thread, warp, gate, queue, gate_sums, thresholds, w13_bias, warp_counts)
+            self.gate_role(course, block_of, x, thread, warp, gate, queue, gate_sums, thresholds, w13_bias, warp_counts)
         else:
             thread -= 32 * self.gate_warps
             self.set_registers(self.row_registers)
             self.clear_unrouted(pair_expert, out, thread, cta, num_ctas)
             totals = (accum, counters, out, complete, w2_bias)
             warp -= self.gate_warps
-            self.up_down_role(share, block_of, x, thread, warp, rows, queue, up_sums, products, totals)
+            self.up_down_role(course, block_of, x, thread, warp, rows, queue, up_sums, products, totals)
 
     def set_registers(self, count: int):
         """Registers of this warpgroup's threads from here on (setmaxnreg)."""
@@ -278,41 +282,71 @@ class FusedDecode(TokenSums):
     # ---- producers ---------------------------------------------------------------------------------------------------
 
     @cute.jit
-    def gate_producer(self, share, block_expert, w13, gate, lane):
-        ring, full, empty = gate
+    def gate_producer(self, course, claims, block_expert, w13, gate, lane):
+        """Also decides how many items this CTA works off: its own ones, and of the common ones as many as it can claim.
+
+        ``claims`` counts what both neighbours asked for. Each asks once in vain, and the second to do so leaves zero.
+        The next item is asked for before the rows of one, and the answer looked at when all of them are under way.
+        """
+        ring, last_item, full, empty = gate
+        item, step, own, common = course
         stage, phase = I32(0), I32(0)
-        for item in cutlass.range(share[0], share[1], unroll=1):
+        more = own > 0
+        while more:
+            own -= 1
+            asks = own <= 0 and common > 0
+            claimed = I32(0)
+            if asks and lane == 0:
+                claimed = cute.arch.atomic_add(claims, I32(1), sem="relaxed", scope="gpu")
             block, tile = self.locate(item)
             expert, neuron = I32(block_expert[block]), tile * self.NT
-            for _ in cutlass.range(self.stages_of_tile(neuron), unroll=1):
+            stages = self.stages_of_tile(neuron)
+            for s in cutlass.range(stages, unroll=1):
                 rows = cutlass.min(I32(self.stage_rows), self.I - neuron)
                 row = (I64(expert) * (2 * self.I) + I64(neuron + lane)) * self.H
                 self.copy_rows(w13.iterator, row, rows, ring, stage, self.stage_rows, full, empty, phase, lane)
+                if s == stages - 1:
+                    more = own > 0
+                    if asks:
+                        claimed = cute.arch.shuffle_sync(claimed, 0)
+                        more = claimed < common
+                        if claimed == common + 1 and lane == 0:
+                            cute.arch.atomic_add(claims, -2 - common, sem="relaxed", scope="gpu")
+                if lane == 0:
+                    last_item[stage] = I32(0) if more else I32(LAST)
+                self.announce_rows(rows, full, stage, lane)
                 stage, phase = self.advance(stage, phase, self.gate_stages)
                 neuron += self.stage_rows
+            item += step
 
     @cute.jit
-    def row_producer(self, share, block_expert, w13, w2_rows, rows_ring, queue, lane):
+    def row_producer(self, course, block_expert, w13, w2_rows, rows_ring, queue, lane):
         ring, full, empty = rows_ring
         lists, list_size, _, _, list_full, list_empty = queue
         stage, phase = I32(0), I32(0)
         slot, slot_phase = I32(0), I32(0)
-        for item in cutlass.range(share[0], share[1], unroll=1):
+        item, step, own, _ = course
+        more = own > 0
+        while more:
             block, _ = self.locate(item)
             expert = I32(block_expert[block])
             cute.arch.mbarrier_wait(list_full + slot, slot_phase)
-            active = list_size[slot]
+            active = list_size[slot] & (LAST - 1)
+            more = list_size[slot] < LAST
             for start in cutlass.range(0, active, self.chunk, unroll=1):
                 rows = cutlass.min(I32(self.chunk), active - start)
                 neuron = I32(lists[slot, start + cutlass.min(lane, rows - 1)])
                 up = (I64(expert) * (2 * self.I) + I64(neuron + self.I)) * self.H
                 self.copy_rows(w13.iterator, up, rows, ring, stage, self.chunk, full, empty, phase, lane)
+                self.announce_rows(rows, full, stage, lane)
                 stage, phase = self.advance(stage, phase, self.row_stages)
                 down = (I64(expert) * self.I + I64(neuron)) * self.H
                 self.copy_rows(w2_rows.iterator, down, rows, ring, stage, self.chunk, full, empty, phase, lane)
+                self.announce_rows(rows, full, stage, lane)
                 stage, phase = self.advance(stage, phase, self.row_stages)
             self.release(list_empty + slot, lane)
             slot, slot_phase = self.advance(slot, slot_phase, LIST_QUEUE)
+            item += step
 
     @cute.jit
     def stages_of_tile(self, neuron):
@@ -323,20 +357,24 @@ class FusedDecode(TokenSums):
     # ---- gate warps --------------------------------------------------------------------------------------------------
 
     @cute.jit
-    def gate_role(self, share, block_of, x, thread, warp, gate_ring, queue, partial, thresholds, w13_bias, warp_counts):
-        ring, full, empty = gate_ring
+    def gate_role(
+        self, course, block_of, x, thread, warp, gate_ring, queue, partial, thresholds, w13_bias, warp_counts
+    ):
+        ring, last_item, full, empty = gate_ring
         lists, list_size, coefficients, up_biases, list_full, list_empty = queue
         tokens, weights, lane = block_of[3:]
         threads = 32 * self.gate_warps
         per_warp = self.NT // self.gate_warps  # neurons whose sums one warp finishes
-        rounds = per_warp // 4
+        rounds = -(-per_warp // 4)
         stage, phase = I32(0), I32(0)
         slot, slot_phase = I32(0), I32(0)
         current, expert, count = I32(-1), I32(0), I32(0)
         fragments = cute.make_rmem_tensor((8, self.gate_units), BF16)  # of x
         row_of_lane = lane % self.stage_rows if cutlass.const_expr(self.stage_rows == 16) else lane & 7
         token = lane % 8
-        for item in cutlass.range(share[0], share[1], unroll=1):
+        item, step, own, _ = course
+        last = I32(0) if own > 0 else I32(LAST)
+        while last == 0:
             block, tile = self.locate(item)
             if block != current:
                 current = block
@@ -367,6 +405,7 @@ class FusedDecode(TokenSums):
                     row = warp * self.NT + g * self.stage_rows + lane // 4 + 8 * h
                     for c in cutlass.range_constexpr(2):
                         partial[row, (lane % 4) * 2 + c] = sums[2 * h + c]
+                last = last_item[stage]
                 self.release(empty + stage, lane)
                 stage, phase = self.advance(stage, phase, self.gate_stages)
             cute.arch.barrier(barrier_id=GATE_BARRIER, number_of_threads=threads)
@@ -381,6 +420,8 @@ class FusedDecode(TokenSums):
             for i in cutlass.range_constexpr(rounds):
                 row = warp * per_warp + i * 4 + lane // 8
                 real = token < count and neuron0 + row < self.I
+                if cutlass.const_expr(per_warp % 4 != 0):  # the warp's other lanes have no neuron in the last round
+                    real = real and i * 4 + lane // 8 < per_warp
                 gate = F32(0.0)
                 if real:
                     for w in cutlass.range_constexpr(self.gate_warps):
@@ -415,14 +456,15 @@ class FusedDecode(TokenSums):
                         if cutlass.const_expr(self.has_bias):
                             up_biases[slot, position] = biases[1, i]
             if thread == 0:
-                list_size[slot] = total
+                list_size[slot] = total + last
             self.release(list_full + slot, lane)
             slot, slot_phase = self.advance(slot, slot_phase, LIST_QUEUE)
+            item += step
 
     # ---- up and down warps -------------------------------------------------------------------------------------------
 
     @cute.jit
-    def up_down_role(self, share, block_of, x, thread, warp, rows_ring, queue, up_sums, products, totals):
+    def up_down_role(self, course, block_of, x, thread, warp, rows_ring, queue, up_sums, products, totals):
         ring, full, empty = rows_ring
         _, list_size, coefficients, up_biases, list_full, list_empty = queue
         accum, w2_bias = totals[0], totals[4]
@@ -434,7 +476,9 @@ class FusedDecode(TokenSums):
         fragments = cute.make_rmem_tensor((8, self.row_units), BF16)  # of x
         sums = cute.make_rmem_tensor((4, 2, self.row_units if self.keep_sums else 1), F32)
         sums.fill(0.0)
-        for item in cutlass.range(share[0], share[1], unroll=1):
+        item, step, own, _ = course
+        more = own > 0
+        while more:
             block, tile = self.locate(item)
             if block != current:
                 if tiles_done > 0:
@@ -444,11 +488,12 @@ class FusedDecode(TokenSums):
                     tiles_done = I32(0)
                 current = block
                 expert, count = self.enter_block(block, block_of, self.weight_on_input or self.has_bias)
-                if cutlass.const_expr(self.has_bias):
-                    self.add_down_bias(w2_bias, tile, expert, tokens, weights, count, thread, accum)
                 self.load_x(x, tokens, count, warp, lane, self.row_units, weights, fragments)
+            if cutlass.const_expr(self.has_bias):
+                self.add_down_bias(w2_bias, tile, expert, tokens, weights, count, thread, accum)
             cute.arch.mbarrier_wait(list_full + slot, slot_phase)
-            active = list_size[slot]
+            active = list_size[slot] & (LAST - 1)
+            more = list_size[slot] < LAST
             for start in cutlass.range(0, active, self.chunk, unroll=1):
                 rows = cutlass.min(I32(self.chunk), active - start)
                 cute.arch.mbarrier_wait(full + stage, phase)
@@ -468,6 +513,7 @@ class FusedDecode(TokenSums):
             self.release(list_empty + slot, lane)
             slot, slot_phase = self.advance(slot, slot_phase, LIST_QUEUE)
             tiles_done += 1
+            item += step
         if tiles_done > 0:
             if cutlass.const_expr(self.keep_sums):
                 self.add_to_output(sums, 0, self.row_units, tokens, count, warp, lane, accum)

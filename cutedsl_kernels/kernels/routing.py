@@ -6,9 +6,10 @@ blocks of all experts in order of expert id (up to 32 pairs: in order of each ex
 registers). All CTAs number alike, so which CTA works on which tiles of which blocks follows from that alone, and the
 grid depends on nothing but its size. Ballots find the pairs of a block, in the order of topk_ids.
 
-Shares of the CTAs are equal in work, not in items: the work of an item is 1 + 0.8 (1 - 0.845^tokens). An item of a
+Shares are equal in work, not in items: the work of an item is 1 + 0.8 (1 - 0.845^tokens). An item of a
 block with more tokens has more active rows, but fetches most of them beside the gate rows of the next, so this grows
 more slowly than its bytes (measured, docs/kernels-fused.md: no loss at 84.5 % inactive neurons, a gain of 2 % at 50 %).
+Where the CTAs have many items, a share is that of two neighbours, who divide it while they work (course).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from .primitives import F32, I32, U32, U64, vector
 
 LANE_PAIRS = 4  # pairs that one lane looks at at a time
 WORK_UNIT = 32  # of an item without active rows
+PAIRED_ITEMS = 8  # for each CTA, from which on neighbours have a common share
 BLOCK_BITS = 13  # of a number that holds blocks and, above them, their work: at most 4096 pairs, a block each
 
 
@@ -45,7 +47,8 @@ class PairTable:
     pair_expert [max_pairs] int16: local expert of pair p = token * k + slot, -1 if dropped or past the end.
     first_block [E] int32: number of the first block of each expert that has pairs.
     block_expert [max_blocks] int16: expert of each block.
-    share [2] int32: first and end of the items of this CTA; a block's ``tiles`` tiles are the items block * tiles + i.
+    share [3] int32: first and end of the items of this CTA, or of it and its neighbour, and whether of both; a block's
+    ``tiles`` tiles are the items block * tiles + i.
     warp_sums [num_threads / 32] int32: for numbering the blocks.
     """
 
@@ -71,7 +74,7 @@ class PairTable:
         first_block = smem.allocate_tensor(I32, cute.make_layout((self.num_experts,)), 16)
         blocks = cute.make_layout((max_blocks(self.max_pairs, self.num_experts),))
         block_expert = smem.allocate_tensor(cutlass.Int16, blocks, 16)
-        share = smem.allocate_tensor(I32, cute.make_layout((2,)), 8)
+        share = smem.allocate_tensor(I32, cute.make_layout((3,)), 16)
         warp_sums = smem.allocate_tensor(I32, cute.make_layout((self.num_threads // 32,)), 4)
         return pair_expert, first_block, block_expert, share, warp_sums
 
@@ -193,16 +196,22 @@ class PairTable:
 
     @cute.jit
     def begin_shares(self, total, share, thread):
-        """Where this CTA's share of all work begins and where it ends; ``total``: blocks and work of all experts.
+        """Where this share begins in all work and where it ends; ``total``: blocks and work of all experts.
 
         The end of all work lies in no block, so it is not for claim to find.
         """
         cta, num_ctas = cute.arch.block_idx()[0], cute.arch.grid_dim()[0]
         blocks, work = self.parts(total)
+        both = blocks * self.tiles >= PAIRED_ITEMS * num_ctas
+        if thread == 0:
+            share[2] = I32(1) if both else I32(0)
+        first_cta = cta & ~1 if both else I32(cta)
+        size = I32(2) if both else I32(1)
         ends = cute.make_rmem_tensor((2,), I32)
         for i in cutlass.range_constexpr(2):  # in fp32, which is faster, and alike in all CTAs
-            end = I32(F32(work) * F32(cta + i) * cute.arch.rcp_approx(F32(num_ctas)))
-            ends[i] = work if cta + i == num_ctas else cutlass.min(end, work)
+            boundary = first_cta + i * size
+            end = I32(F32(work) * F32(boundary) * cute.arch.rcp_approx(F32(num_ctas)))
+            ends[i] = work if boundary >= num_ctas else cutlass.min(end, work)
             if thread == i and ends[i] == work:
                 share[i] = blocks * self.tiles
         return ends
@@ -211,7 +220,7 @@ class PairTable:
     def claim(self, expert, pairs, before, ends, block_expert, share):
         """Numbers the blocks of an expert and returns the first one; ``before``: blocks and work of the experts before.
 
-        Where one of their items begins or ends this CTA's share, writes that.
+        Where one of their items begins or ends the share, writes that.
         """
         first, work = self.parts(before)
         block = first
@@ -227,6 +236,25 @@ class PairTable:
             work += each * self.tiles
             block += 1
         return first
+
+    @cute.jit
+    def course(self, share):
+        """The items that this CTA works off: (first, step, own, common).
+
+        ``own`` items are the CTA's for certain. Of two neighbours the one of even number goes forward from the first
+        item of their share, the other back from the last one; the ``common`` ones between go, one by one, to whoever is
+        ready for one. (Two have 2 * PAIRED_ITEMS items in the mean, 8 at least, since no item is 1.8 times the work of
+        another.)
+        """
+        cta, num_ctas = cute.arch.block_idx()[0], cute.arch.grid_dim()[0]
+        items = share[1] - share[0]
+        first, step, own, common = share[0], I32(1), items, I32(0)
+        if share[2] != 0 and (cta | 1) < num_ctas:
+            own = items * 3 // 8
+            common = items - 2 * own
+            if cta & 1 != 0:
+                first, step = share[1] - 1, I32(-1)
+        return first, step, own, common
 
     @cute.jit
     def pairs_of_block(

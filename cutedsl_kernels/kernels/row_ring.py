@@ -27,14 +27,21 @@ class RowRing:
 
     @cute.jit
     def copy_rows(self, source, row, rows, ring, stage, stage_rows: cutlass.Constexpr, full, empty, phase, lane):
-        """Waits until a stage is free, then copies ``rows`` rows into it; lane i has the element offset of the i-th."""
+        """Waits until a stage is free, then copies ``rows`` rows into it; lane i has the element offset of the i-th.
+
+        The stage is full when they are there and ``announce_rows`` was called for it. That comes after, so that nothing
+        stands between a free stage and its copies.
+        """
         cute.arch.mbarrier_wait(empty + stage, phase ^ 1)
-        if lane == 0:
-            cute.arch.mbarrier_arrive_and_expect_tx(full + stage, rows * (2 * self.H))
-        cute.arch.sync_warp()
         if lane < rows:
             target = ring.iterator + (stage * stage_rows + lane) * self.pitch
             bulk_row_copy(source + row, target, 2 * self.H, full + stage)
+
+    @cute.jit
+    def announce_rows(self, rows, full, stage, lane):
+        """The one arrival at a stage's ``full`` barrier, with the bytes that copy_rows brings."""
+        if lane == 0:
+            cute.arch.mbarrier_arrive_and_expect_tx(full + stage, rows * (2 * self.H))
 
     @cute.jit
     def advance(self, stage, phase, stages: cutlass.Constexpr):

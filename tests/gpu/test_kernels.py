@@ -81,6 +81,7 @@ def check_scratch_is_clean() -> None:
         {"remote_experts": True, "invalid_ids": True, "ids_dtype": torch.int64},
         {"top_k": 1, "apply_router_weight_on_input": True, "router_weighted": False},
         {"intermediate_size": 64, "hidden_size": 1024},
+        {"intermediate_size": 2048, "hidden_size": 64},  # items enough for neighbours to share theirs (fused)
         {"intermediate_size": 200, "hidden_size": 64},
         {"num_experts": 1, "top_k": 1},
     ],
@@ -381,4 +382,4 @@ def test_compute_sanitizer(tool: str) -> None:
         timeout=550,
     )
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
-    assert "4 layers checked" in result.stdout
+    assert "6 layers checked" in result.stdout

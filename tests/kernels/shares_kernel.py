@@ -1,4 +1,4 @@
-"""A kernel that builds the table of a batch's pairs, and writes each CTA's share of the items."""
+"""A kernel that builds the table of a batch's pairs, and writes which items each CTA works off."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Shares:
 
     @cute.jit
     def __call__(self, ids: cute.Tensor, weights: cute.Tensor, out: cute.Tensor, stream: cuda.CUstream):
-        """ids [T, k] int32, weights [T, k] fp32, out [ctas, 2] int32."""
+        """ids [T, k] int32, weights [T, k] fp32, out [ctas, 4] int32: first, step, own, common."""
         launch = self.kernel(ids, weights, out)
         launch.launch(grid=(self.ctas, 1, 1), block=(self.threads, 1, 1), stream=stream, use_pdl=True)
 
@@ -27,6 +27,7 @@ class Shares:
         cta, _, _ = cute.arch.block_idx()
         table = self.table.allocate(SmemAllocator())
         self.table.build(ids, weights, ids, cutlass.Float32(0.0), table, thread)
-        share = table[3]
-        if thread < 2:
-            out[cta, thread] = share[thread]
+        course = self.table.course(table[3])
+        if thread == 0:
+            for i in cutlass.range_constexpr(4):
+                out[cta, i] = course[i]

@@ -39,7 +39,7 @@ def execute(run_ptx, problem: Problem, config: FusedConfig, num_ctas: int) -> to
     )
     out = torch.full_like(problem.hidden_states, float("nan"))
     accum = torch.zeros(tokens, weights.hidden_size)
-    counters = torch.zeros(tokens, dtype=torch.int32)
+    counters = torch.zeros(tokens + num_ctas // 2, dtype=torch.int32)
     expert_map = problem.expert_map if problem.expert_map is not None else torch.zeros(1, dtype=torch.int32)
     run_ptx(
         build(run_ptx, spec),
@@ -130,6 +130,42 @@ def test_activations_and_weight_on_input(run_ptx, seed, activation, on_input):
         apply_router_weight_on_input=on_input,
     )
     check_close(execute(run_ptx, problem, NARROW, 2), problem)
+
+
+@pytest.mark.parametrize("num_ctas", [1, 2, 3, 6])
+@pytest.mark.parametrize("biases", [False, True])
+@pytest.mark.parametrize("config", [WIDE, NARROW], ids=["wide", "narrow"])
+def test_neighbours_that_meet(run_ptx, seed, config, biases, num_ctas):
+    """Eight items a CTA and more: two neighbours work towards each other, the last of an odd number alone."""
+    problem = random_problem(
+        seed,
+        num_tokens=20,
+        num_experts=6,
+        top_k=3,
+        hidden_size=128,
+        intermediate_size=200,
+        sparsity=0.8,
+        biases=biases,
+    )
+    check_close(execute(run_ptx, problem, config, num_ctas), problem)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 5, 21])
+@pytest.mark.parametrize(("tile_neurons", "biases"), [(8, False), (8, True), (24, True)])
+def test_tiles_that_leave_lanes_idle(run_ptx, seed, num_tokens, tile_neurons, biases):
+    """A gate warp finishes two neurons, or six, where its lanes could four at a time; the last tile is short."""
+    config = FusedConfig(tile_neurons=tile_neurons, stage_rows=8, gate_stages=3, chunk_rows=8, row_stages=3)
+    problem = random_problem(
+        seed,
+        num_tokens=num_tokens,
+        num_experts=5,
+        top_k=2,
+        hidden_size=256,
+        intermediate_size=68,
+        sparsity=0.7,
+        biases=biases,
+    )
+    check_close(execute(run_ptx, problem, config, 5), problem)
 
 
 def test_forty_tokens_on_one_expert(run_ptx, seed):
