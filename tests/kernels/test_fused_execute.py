@@ -132,9 +132,7 @@ def test_activations_and_weight_on_input(run_ptx, seed, activation, on_input):
     check_close(execute(run_ptx, problem, NARROW, 2), problem)
 
 
-@pytest.mark.parametrize("num_ctas", [1, 2, 3, 6])
-@pytest.mark.parametrize("biases", [False, True])
-@pytest.mark.parametrize("config", [WIDE, NARROW], ids=["wide", "narrow"])
+@pytest.mark.parametrize(("config", "biases", "num_ctas"), [(WIDE, False, 2), (NARROW, True, 3), (NARROW, False, 4)])
 def test_neighbours_that_meet(run_ptx, seed, config, biases, num_ctas):
     """Eight items a CTA and more: two neighbours work towards each other, the last of an odd number alone."""
     problem = random_problem(
@@ -150,8 +148,9 @@ def test_neighbours_that_meet(run_ptx, seed, config, biases, num_ctas):
     check_close(execute(run_ptx, problem, config, num_ctas), problem)
 
 
-@pytest.mark.parametrize("num_tokens", [1, 5, 21])
-@pytest.mark.parametrize(("tile_neurons", "biases"), [(8, False), (8, True), (24, True)])
+@pytest.mark.parametrize(
+    ("tile_neurons", "biases", "num_tokens"), [(8, False, 1), (8, True, 5), (8, False, 21), (24, True, 21)]
+)
 def test_tiles_that_leave_lanes_idle(run_ptx, seed, num_tokens, tile_neurons, biases):
     """A gate warp finishes two neurons, or six, where its lanes could four at a time; the last tile is short."""
     config = FusedConfig(tile_neurons=tile_neurons, stage_rows=8, gate_stages=3, chunk_rows=8, row_stages=3)
