@@ -182,12 +182,12 @@ def dtype_error(problem: Problem) -> float:
     counts, with up and down scaled by numbers near 1 (which moves roundings, but no mask) and the error scaled back.
     """
     weights, inter = problem.weights, problem.weights.intermediate_size
-    active = sum(int(trace.active.sum()) for trace in expert_traces(problem))
     expected = fp32_reference(problem)
     error = (same_dtype_reference(problem).float() - expected).abs().max()
     exponent = torch.frexp(expected.abs().max()).exponent - 1
     error = torch.maximum(error, 2.0**exponent * torch.finfo(problem.hidden_states.dtype).eps / 2)
-    if active <= 1024 or problem.topk_ids.numel() * inter <= 4096:
+    few = problem.topk_ids.numel() * inter <= 4096
+    if few or sum(int(trace.active.sum()) for trace in expert_traces(problem)) <= 1024:
         for up, down in zip(
             torch.linspace(0.7, 1.3, 8).tolist(), (0.9, 1.2, 0.8, 1.1, 0.7, 1.3, 1.0, 0.95), strict=True
         ):

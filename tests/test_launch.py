@@ -23,14 +23,7 @@ from cutedsl_kernels.compile.specs import SIGNATURES, Fakes
 from cutedsl_kernels.configs import FusedConfig, StagedConfig
 from cutedsl_kernels.cost_model import Gpu
 from cutedsl_kernels.dense import sparse_moe_dense
-from cutedsl_kernels.launch import (
-    NotWarm,
-    scratch_for,
-    sparse_moe_cuda,
-    threshold_table,
-    warmup,
-    workspace_for,
-)
+from cutedsl_kernels.launch import NotWarm, scratch_for, sparse_moe_cuda, threshold_table, warmup, workspace_for
 from cutedsl_kernels.plan import forget_plans
 from cutedsl_kernels.reference import ACTIVATIONS
 
@@ -104,6 +97,7 @@ def kernel_of(spec: KernelSpec) -> Callable[..., None]:
             for tensor in workspace:
                 assert tensor.data_ptr() % 16 == 0
                 tensor.view(torch.uint8).fill_(255)  # NaN, -1
+        assert w13_bias is None or w13_bias.data_ptr() % 16 == 0
         assert x.data_ptr() != out.data_ptr()
         assert expert_map.numel() > 0  # the kernels look up one entry whatever the id
         sparse_moe_ref(
