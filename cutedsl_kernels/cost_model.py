@@ -101,7 +101,11 @@ FUSED_COPY_SHARE = 1.17  # share of the copy with rings of any size
 FUSED_MOST = 1.02  # and at most
 FUSED_TILE_SHARE = 0.2  # of the time a tile's gate rows take, nothing overlaps: tiles of 32 instead of 16, whose rows
 # take 2.1 us longer, cost 0.4 us at T=1, 0.8 at 8 (docs/kernels-fused.md)
-# Same shape, both rules, 1 to 1536 tokens, measured on an H200, 2026-11-28.
+# Without keep_sums (E=256, H=3072, I=1024, 87.4 %, 1 to 256 tokens, H200, 2026-11-29) every chunk's sums are added to
+# memory, at this share of the copy bandwidth and beside nothing else.
+FUSED_ADDED_SHARE = 0.7
+FUSED_ADDING_US = 3.0  # and besides
+# E=256, H=2048, I=512, both rules, 1 to 1536 tokens, measured on an H200, 2026-11-28.
 STAGED_FIXED_US = {0: 11.0, 1: 10.0, 2: 4.0}  # by overlap: five launches
 STAGED_RAMP_US = 14.0  # and what they wait for one another where a kernel has few CTAs
 STAGED_COPY_SHARES = {16: 1.03, 32: 0.97, 64: 0.81}  # by token block; more than a copy, which the ramp takes back
@@ -140,6 +144,11 @@ def blocks_per_expert(mean_tokens: float, token_block: int) -> float:
     return max(1.0, expected / some)
 
 
+def _active(sparsity: float, pair_skip: float) -> float:
+    """Share of active neurons of the pairs that are computed."""
+    return min(1.0, (1 - sparsity) / (1 - pair_skip)) if pair_skip < 1 else 0.0
+
+
 def _fused_us(
     config: FusedConfig, shape: MoEShape, num_tokens: int, sparsity: float, gpu: Gpu, pair_skip: float
 ) -> float:
@@ -154,6 +163,7 @@ def _fused_us(
     gate_ring, row_ring = row * config.stage_rows * config.gate_stages, row * config.chunk_rows * config.row_stages
     covered = gate_ring / (gate_ring + 0.03) * row_ring / (row_ring + 0.35)  # of the latencies; fitted, see above
     moved = layer_bytes(shape, num_tokens, sparsity, pair_skip)
+    inactive = 1 - _active(sparsity, pair_skip)
     blocks = blocks_per_expert(num_tokens * share, TOKEN_BLOCK)  # every further block of tokens reads the rows again
     seconds_us = (moved.gate + moved.up_down) * blocks + moved.tokens
     # Barriers and list: what a work item costs beside its bytes; tiles of 8 as measured, docs/kernels-fused.md.
@@ -161,7 +171,22 @@ def _fused_us(
     transfer = seconds_us / (gpu.copy_gbps * 1e3 * min(FUSED_MOST, FUSED_COPY_SHARE * covered) * balance)
     first_tile_us = gpu.num_sms * config.tile_neurons * 2 * shape.hidden_size / (gpu.copy_gbps * 1e3)
     per_cta_us = per_item_us * max(1.0, waves) + FUSED_BLOCK_US * experts * blocks / gpu.num_sms
-    return FUSED_FIXED_US + transfer + per_cta_us + FUSED_TILE_SHARE * first_tile_us
+    adding_us = 0.0
+    if not config.keep_sums:
+        added = _added_bytes(config, shape, experts * blocks, num_tokens * share * shape.num_experts, inactive)
+        adding_us = FUSED_ADDING_US + added / (gpu.copy_gbps * 1e3 * FUSED_ADDED_SHARE)
+    return FUSED_FIXED_US + transfer + per_cta_us + FUSED_TILE_SHARE * first_tile_us + adding_us
+
+
+def _added_bytes(config: FusedConfig, shape: MoEShape, blocks: float, pairs: float, inactive: float) -> float:
+    """Bytes of fp32 sums that go to memory where each chunk's do. inactive: share of the computed pairs' neurons."""
+    if not blocks:
+        return 0.0
+    tile, chunk, tokens = config.tile_neurons, config.chunk_rows, pairs / blocks
+    idle = inactive**tokens  # neurons that no token of a block wants
+    # A tile's last chunk is half full in the mean, where it has one.
+    chunks = tile * (1 - idle) / chunk + (chunk - 1) / (2 * chunk) * (1 - idle**tile)
+    return blocks * -(-shape.intermediate_size // tile) * chunks * tokens * shape.hidden_size * 4
 
 
 def _staged_us(
@@ -172,8 +197,7 @@ def _staged_us(
     per_expert = num_tokens * share * shape.num_experts / experts if experts else 0.0
     in_block = min(per_expert, config.token_block)
     blocks = blocks_per_expert(num_tokens * share, config.token_block)
-    active = (1 - sparsity) / (1 - pair_skip) if pair_skip < 1 else 0.0
-    union = 1 - (1 - active) ** in_block  # of the tokens of one block, whose every product is computed
+    union = 1 - (1 - _active(sparsity, pair_skip)) ** in_block  # of a block's tokens, whose every product is computed
     moved = layer_bytes(shape, num_tokens, sparsity, pair_skip)
     weights = (moved.gate + moved.up_down) * (1 + STAGED_REREAD * (blocks - 1)) + moved.tokens
     flops = layer_flops(shape, num_tokens, pair_skip) * (1 + 2 * union) / 3 * max(1.0, 16 / max(in_block, 1.0))

@@ -149,6 +149,19 @@ def test_estimates_order_as_measured() -> None:
         assert estimate_us(Plan("dense"), SHAPE, num_tokens, 0.0, H200) == pytest.approx(us, rel=0.25)
 
 
+def test_sums_added_chunk_by_chunk_cost_as_measured() -> None:
+    """A hidden dimension too wide for sums in registers: qwen3.5-122b-a10b on an H200 at 87.4 %, 2026-11-29."""
+    shape = KNOWN_MODELS["qwen3.5-122b-a10b"].shape
+    config = FusedConfig(gate_stages=1, row_stages=3, keep_sums=0)
+    measured = {1: 30.9, 2: 45.8, 4: 75.8, 8: 132.6, 16: 229.1, 32: 381.8, 64: 647.0, 128: 1038.0}
+    for num_tokens, us in measured.items():
+        plan = Plan("fused", replace(config, max_pairs=1024))
+        assert estimate_us(plan, shape, num_tokens, 0.874, H200) == pytest.approx(us, rel=0.2)
+    for num_tokens, kind in ((1, "fused"), (2, "fused"), (16, "staged"), (128, "staged")):
+        for sparsity in (0.7, 0.85):
+            assert plan_for(shape, num_tokens, sparsity, H200).kind == kind
+
+
 # ---- choice ----------------------------------------------------------------------------------------------------------
 
 
@@ -168,6 +181,13 @@ def test_choice_is_legal_for_every_known_model(model: Any) -> None:
             plan = plan_for(shape, num_tokens, model.cutoff or 0.8, H200, activation=model.activation)
             assert plan.kind in ("fused", "staged", "dense")
             assert illegal_reason(plan, shape, num_tokens, model.activation) is None
+
+
+@pytest.mark.parametrize("model", KNOWN_MODELS.values(), ids=lambda model: model.name)
+def test_fewer_inactive_neurons_than_those_of_skipped_pairs(model: Any) -> None:
+    """Thresholds of 0, and pairs skipped all the same."""
+    for num_tokens in (1, 8, 64, 512):
+        assert plan_for(model.shape, num_tokens, 0.0, H200, 0.35, model.activation).kind in ("fused", "staged", "dense")
 
 
 def test_activations_without_kernel_take_the_dense_path() -> None:

@@ -69,7 +69,7 @@ def test_guided_finds_the_field_values_that_pay(seed: int) -> None:
     plans = [plan for plan in legal_plans(LAYER.shape, 8) if plan.kind == "fused"]
     modelled = {p: estimate_us(p, LAYER.shape, 8, 0.845, Gpu()) for p in plans}
     near = [p for p in plans if modelled[p] < 1.1 * min(modelled.values())]
-    good = lambda p: p.config.updown_warps == 16  # noqa: E731
+    good = lambda p: p.config.gate_warps == 8  # noqa: E731
     assert any(map(good, near))
     shown = [p for p in near if good(p)][:3] + [p for p in near if not good(p)][:6]
     measured = {p: Measurement(p, us=modelled[p] * (0.7 if good(p) else 1.0)) for p in shown}
