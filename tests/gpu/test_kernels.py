@@ -300,7 +300,7 @@ def test_deterministic_staged_path_is_bitwise_repeatable(seed: int) -> None:
 
 @pytest.mark.skipif(not has_tvm_ffi(), reason="apache-tvm-ffi is not installed: tensors go through DLPack")
 def test_launch_costs_at_most_six_microseconds(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Host time of the launch function alone, and of sparse_moe as a whole for the record (printed)."""
+    """Host time of the launch function alone; for the record (printed) of sparse_moe as a whole, and of torch."""
     case = on_gpu(seed, 1)
     taken: list[float] = []
     real = layer._kernel
@@ -323,12 +323,22 @@ def test_launch_costs_at_most_six_microseconds(seed: int, monkeypatch: pytest.Mo
         whole.append(time.perf_counter() - start)
         if i % 100 == 99:  # as in a server, the host runs ahead; its queue must not fill up
             torch.cuda.synchronize()
-    launch_us, whole_us = (1e6 * sorted(times)[len(times) // 2] for times in (taken, whole))
-    print(f"median host time: launch {launch_us:.1f} us, sparse_moe {whole_us:.1f} us")
+    torch_times = []  # of one operation of torch, to know the host by
+    for _ in range(400):
+        start = time.perf_counter()
+        case.hidden_states.add_(0)
+        torch_times.append(time.perf_counter() - start)
+    launch_us, whole_us, torch_us = (1e6 * sorted(times)[len(times) // 2] for times in (taken, whole, torch_times))
+    print(f"median host time: launch {launch_us:.1f} us, sparse_moe {whole_us:.1f} us, torch's add_ {torch_us:.1f} us")
     assert launch_us <= 6.0
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+def requested_bytes(when: str) -> int:
+    """What was asked of torch's allocator ("current" or "peak"); it may give up to 1 MiB more, from a block it had."""
+    return torch.cuda.memory_stats()[f"requested_bytes.all.{when}"]
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -337,11 +347,11 @@ def test_relaying_takes_one_expert_more(interleaved: bool) -> None:
     w13 = torch.randn(experts, 2 * inter, hidden, device="cuda").bfloat16()
     w2 = torch.randn(experts, hidden, inter, device="cuda").bfloat16()
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    before = requested_bytes("current")
     weights = ExpertWeights.from_w13_w2(w13, w2, interleaved=interleaved)
     one_expert = (w13 if interleaved else w2)[0].nbytes
-    assert torch.cuda.max_memory_allocated() - before <= one_expert
-    assert torch.cuda.memory_allocated() == before
+    assert requested_bytes("peak") - before <= one_expert
+    assert requested_bytes("current") == before
     assert weights.w2_rows.data_ptr() == w2.data_ptr()
 
 
