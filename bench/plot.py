@@ -26,6 +26,7 @@ from .records import read_rows
 from .select import Case, Measured, by_gpu, measured, models
 
 README_PLOT = Path("docs/images/speedup")  # and .svg, .png
+MODELS_SHARES, MODELS_MOST_TOKENS = (0.0, 0.5, 0.7, 0.85), 256  # what the table of the other models shows
 TABLE_MARKS = ("<!-- bench:table -->", "<!-- /bench:table -->")
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 Cases = Mapping[Case, Sequence[Measured]]
@@ -188,10 +189,42 @@ def readme_cases(rows: Sequence[Mapping[str, str]]) -> tuple[str, Cases]:
 
 
 def readme_text(rows: Sequence[Mapping[str, str]]) -> str:
-    """Markdown: a table for each GPU, and the plot, which is of the first."""
+    """Markdown: a table for each GPU; with the first its plot, and a table of the other models."""
     plot = f"![Times as fast as dense over tokens]({README_PLOT.as_posix()}.svg)"
-    first, *others = (readme_table(part) for part in by_gpu(rows).values())
-    return "\n\n".join([first, plot, *others])
+    parts = list(by_gpu(rows).values())
+    first, *others = (readme_table(part) for part in parts)
+    return "\n\n".join(filter(None, [first, plot, models_table(parts[0]), *others]))
+
+
+def models_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Markdown: how many times as fast as dense the models are that readme_table does not show; "" if there is none.
+
+    A line for each model and case, a column for each number of tokens up to the largest that decodes.
+    """
+    main, _ = readme_cases(rows)
+    lines: list[tuple[str, Case, dict[int, Measured]]] = []
+    for model in models(rows):
+        cases = {} if model == main else measured(rows, model)
+        routed = [case for case in cases if case.router_weighted]
+        for case in [Case(share, 0.0, False) for share in MODELS_SHARES] + routed[-1:]:
+            points = {one.num_tokens: one for one in cases.get(case, ()) if one.num_tokens <= MODELS_MOST_TOKENS}
+            if points:
+                lines.append((model, case, points))
+    if not lines:
+        return ""
+    tokens = sorted({tokens for _, _, points in lines for tokens in points})
+    dates = sorted({one.source["date"][:10] for _, _, points in lines for one in points.values()})
+    table = [
+        f"Other models on {rows[0]['gpu']}: times as fast as dense, measured as above, "
+        f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}.",
+        "",
+        "| model | inactive neurons | " + " | ".join(map(str, tokens)) + " |",
+        "|---|---|" + "---:|" * len(tokens),
+    ]
+    for model, case, points in lines:
+        cells = [f"{points[t].ratio:.2f}x" if t in points else "" for t in tokens]
+        table.append("| " + " | ".join([model, case.label, *cells]) + " |")
+    return "\n".join(table)
 
 
 def readme_table(rows: Sequence[Mapping[str, str]]) -> str:

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 import cutedsl_kernels
+from cutedsl_kernels.cost_model import Gpu, estimate_us
+from cutedsl_kernels.plan import DENSE_MARGIN
 from cutedsl_kernels.tuned_table import TunedTable, table_path
 
 pytestmark = pytest.mark.cpu
@@ -35,3 +37,24 @@ def test_shipped_table(path: Path) -> None:
         dense = [us for plan, us in times.items() if plan.kind == "dense"]
         assert dense, f"T={entry.num_tokens}: dense was not timed"
         assert entry.us <= 1.02 * dense[0], f"T={entry.num_tokens} s={entry.sparsity}: slower than dense"
+
+
+def test_the_cost_model_chooses_well_among_what_was_timed() -> None:
+    """Without a table the model decides: against these tables nearly always as well as the tuner (the exceptions are in
+    docs/autotuning.md), and at most a little slower than dense."""
+    regrets, of_dense = [], []
+    for path in TABLES:
+        table = TunedTable.from_json(json.loads(path.read_text()))
+        gpu = Gpu(copy_gbps=4200.0 if "H200" in table.metadata["gpu"] else 2900.0)
+        for entry in table.entries:
+            where = (table.shape, entry.num_tokens, entry.sparsity, gpu, entry.pair_skip)
+            cost, timed = {}, {m.plan: m.us for m in entry.tried if m.us is not None}
+            for plan in timed:
+                cost[plan] = estimate_us(plan, *where) * (1.0 if plan.kind == "dense" else DENSE_MARGIN)
+            us = timed[min(cost, key=cost.__getitem__)]
+            regrets.append(us / min(timed.values()))
+            of_dense.append(min(us for plan, us in timed.items() if plan.kind == "dense") / us)
+    assert len(regrets) > 200
+    assert sum(regret > 1.05 for regret in regrets) < 0.05 * len(regrets)
+    assert max(regrets) < 1.4
+    assert min(of_dense) >= 0.97

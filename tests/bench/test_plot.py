@@ -113,6 +113,31 @@ def test_two_gpus_never_share_a_table_or_a_plot(tmp_path: Path) -> None:
     assert {path.name.split("-")[0] for path in plot.plot_all(rows, tmp_path)} == {"older", "newer"}
 
 
+def test_other_models_share_one_table() -> None:
+    """Of the GPU measured last, without the main model; what was not measured stays empty, and large batches out."""
+    routed = {"router_weighted": "1", "pair_skip_target": "0.35"}
+    rows = [
+        row(1, 0.845, 25),
+        row(1, 0.0, 100, model="another"),
+        row(4, 0.85, 40, model="another"),
+        row(4, 0.6, 1, model="another"),
+        row(1, 0.9, 20, model="another", **routed),
+        row(1024, 0.9, 1, model="another", **routed),
+        row(1, 0.5, 50, gpu="older", model="a third", date="2026-01-01"),
+    ]
+    table = plot.models_table(rows[:-1]).splitlines()
+    assert table[0].startswith("Other models on made up: ")
+    assert table[2:] == [
+        "| model | inactive neurons | 1 | 4 |",
+        "|---|---|---:|---:|",
+        "| another | 0 % | 1.00x |  |",
+        "| another | 85 % |  | 2.50x |",
+        "| another | 90 %, 35 % of pairs skipped | 5.00x |  |",
+    ]
+    assert "\n".join(table) in plot.readme_text(rows)
+    assert plot.models_table(rows[:1]) == ""
+
+
 def test_readme_is_rewritten_between_its_marks_only(csv_file: Path, tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{plot.TABLE_MARKS[0]}\nold\n{plot.TABLE_MARKS[1]}\nafter\n")
