@@ -15,7 +15,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -213,10 +213,9 @@ def models_table(rows: Sequence[Mapping[str, str]]) -> str:
     if not lines:
         return ""
     tokens = sorted({tokens for _, _, points in lines for tokens in points})
-    dates = sorted({one.source["date"][:10] for _, _, points in lines for one in points.values()})
+    days = _days(one for _, _, points in lines for one in points.values())
     table = [
-        f"Other models on {rows[0]['gpu']}: times as fast as dense, measured as above, "
-        f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}.",
+        f"Other models on {rows[0]['gpu']}: times as fast as dense, measured as above, {days}.",
         "",
         "| model | inactive neurons | " + " | ".join(map(str, tokens)) + " |",
         "|---|---|" + "---:|" * len(tokens),
@@ -230,8 +229,8 @@ def models_table(rows: Sequence[Mapping[str, str]]) -> str:
 def readme_table(rows: Sequence[Mapping[str, str]]) -> str:
     """Markdown: microseconds dense and sparse for each number of tokens, one pair of columns for each case."""
     model, cases = readme_cases(rows)
-    sources = sorted((one.source for points in cases.values() for one in points), key=lambda row: row["date"])
-    row, dates = sources[-1], [sources[0]["date"][:10], sources[-1]["date"][:10]]
+    shown = [one for points in cases.values() for one in points]
+    row, days = max((one.source for one in shown), key=lambda row: row["date"]), _days(shown)
     by_tokens: dict[int, dict[Case, Measured]] = {}
     for case, points in cases.items():
         for one in points:
@@ -246,8 +245,7 @@ def readme_table(rows: Sequence[Mapping[str, str]]) -> str:
     lines = [
         f"One MoE layer of {model} on {row['gpu']}, bf16, random weights, uniform routing, independent masks;",
         f"medians, {how}. The columns after dense: share of inactive neurons. Dense is {some.baseline}, measured in",
-        'the same run; "of a copy" compares the bytes that had to be read with a copy. '
-        f"{' to '.join(dict.fromkeys(dates))}{driver}, {versions}.",
+        f'the same run; "of a copy" compares the bytes that had to be read with a copy. {days}{driver}, {versions}.',
         "",
         "| " + " | ".join(head) + " |",
         "|" + "---:|" * (2 + 3 * len(cases)),
@@ -259,6 +257,12 @@ def readme_table(rows: Sequence[Mapping[str, str]]) -> str:
             cells += _cells(found.get(case))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _days(points: Iterable[Measured]) -> str:
+    """The day of the measurements, or the first and the last one."""
+    days = sorted({one.source["date"][:10] for one in points})
+    return " to ".join(dict.fromkeys((days[0], days[-1])))
 
 
 def _cells(one: Measured | None) -> list[str]:

@@ -145,9 +145,9 @@ def blocks_per_expert(mean_tokens: float, token_block: int) -> float:
     return max(1.0, expected / some)
 
 
-def _active(sparsity: float, pair_skip: float) -> float:
-    """Share of active neurons of the pairs that are computed."""
-    return min(1.0, (1 - sparsity) / (1 - pair_skip)) if pair_skip < 1 else 0.0
+def _inactive(sparsity: float, pair_skip: float) -> float:
+    """Share of inactive neurons of the pairs that are computed."""
+    return max(0.0, 1 - (1 - sparsity) / (1 - pair_skip)) if pair_skip < 1 else 1.0
 
 
 def _fused_us(
@@ -164,7 +164,6 @@ def _fused_us(
     gate_ring, row_ring = row * config.stage_rows * config.gate_stages, row * config.chunk_rows * config.row_stages
     covered = gate_ring / (gate_ring + 0.03) * row_ring / (row_ring + 0.35)  # of the latencies; fitted, see above
     moved = layer_bytes(shape, num_tokens, sparsity, pair_skip)
-    inactive = 1 - _active(sparsity, pair_skip)
     blocks = blocks_per_expert(num_tokens * share, TOKEN_BLOCK)  # every further block of tokens reads the rows again
     seconds_us = (moved.gate + moved.up_down) * blocks + moved.tokens
     # Barriers and list: what a work item costs beside its bytes; tiles of 8 as measured, docs/kernels-fused.md.
@@ -174,7 +173,8 @@ def _fused_us(
     per_cta_us = per_item_us * max(1.0, waves) + FUSED_BLOCK_US * experts * blocks / gpu.num_sms
     adding_us = 0.0
     if not config.keep_sums:
-        added = _added_bytes(config, shape, experts * blocks, num_tokens * share * shape.num_experts, inactive)
+        pairs, inactive = num_tokens * share * shape.num_experts, _inactive(sparsity, pair_skip)
+        added = _added_bytes(config, shape, experts * blocks, pairs, inactive)
         adding_us = FUSED_ADDING_US + added / (gpu.copy_gbps * 1e3 * FUSED_ADDED_SHARE)
     return FUSED_FIXED_US + transfer + per_cta_us + FUSED_TILE_SHARE * first_tile_us + adding_us
 
@@ -198,7 +198,7 @@ def _staged_us(
     per_expert = num_tokens * share * shape.num_experts / experts if experts else 0.0
     in_block = min(per_expert, config.token_block)
     blocks = blocks_per_expert(num_tokens * share, config.token_block)
-    union = 1 - (1 - _active(sparsity, pair_skip)) ** in_block  # of a block's tokens, whose every product is computed
+    union = 1 - _inactive(sparsity, pair_skip) ** in_block  # of a block's tokens, whose every product is computed
     moved = layer_bytes(shape, num_tokens, sparsity, pair_skip)
     weights = (moved.gate + moved.up_down) * (1 + STAGED_REREAD * (blocks - 1)) + moved.tokens
     flops = layer_flops(shape, num_tokens, pair_skip) * (1 + 2 * union) / 3 * max(1.0, 16 / max(in_block, 1.0))

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import cutedsl_kernels
-from cutedsl_kernels.cost_model import Gpu, estimate_us
-from cutedsl_kernels.plan import DENSE_MARGIN
+from cutedsl_kernels.cost_model import Gpu
+from cutedsl_kernels.plan import modelled_us
 from cutedsl_kernels.tuned_table import TunedTable, table_path
 
 pytestmark = pytest.mark.cpu
@@ -48,10 +48,8 @@ def test_the_cost_model_chooses_well_among_what_was_timed() -> None:
         gpu = Gpu(copy_gbps=4200.0 if "H200" in table.metadata["gpu"] else 2900.0)
         for entry in table.entries:
             where = (table.shape, entry.num_tokens, entry.sparsity, gpu, entry.pair_skip)
-            cost, timed = {}, {m.plan: m.us for m in entry.tried if m.us is not None}
-            for plan in timed:
-                cost[plan] = estimate_us(plan, *where) * (1.0 if plan.kind == "dense" else DENSE_MARGIN)
-            us = timed[min(cost, key=cost.__getitem__)]
+            timed = {m.plan: m.us for m in entry.tried if m.us is not None}
+            us = timed[min(timed, key=lambda plan, where=where: modelled_us(plan, *where))]
             regrets.append(us / min(timed.values()))
             of_dense.append(min(us for plan, us in timed.items() if plan.kind == "dense") / us)
     assert len(regrets) > 200
