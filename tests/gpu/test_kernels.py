@@ -300,11 +300,7 @@ def test_deterministic_staged_path_is_bitwise_repeatable(seed: int) -> None:
 
 @pytest.mark.skipif(not has_tvm_ffi(), reason="apache-tvm-ffi is not installed: tensors go through DLPack")
 def test_launch_costs_at_most_six_microseconds(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Host time of the launch function alone; for the record (printed) of sparse_moe as a whole.
-
-    On a host where one operation of torch takes longer than 6 us, no longer than that: an H200's host took 7.1 us for
-    a launch and 10.7 for add_, another 5.0 for a launch.
-    """
+    """Host time of the launch function alone; for the record (printed) of sparse_moe as a whole, and of torch."""
     case = on_gpu(seed, 1)
     taken: list[float] = []
     real = layer._kernel
@@ -334,7 +330,7 @@ def test_launch_costs_at_most_six_microseconds(seed: int, monkeypatch: pytest.Mo
         torch_times.append(time.perf_counter() - start)
     launch_us, whole_us, torch_us = (1e6 * sorted(times)[len(times) // 2] for times in (taken, whole, torch_times))
     print(f"median host time: launch {launch_us:.1f} us, sparse_moe {whole_us:.1f} us, torch's add_ {torch_us:.1f} us")
-    assert launch_us <= max(6.0, torch_us)
+    assert launch_us <= 6.0
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
